@@ -1,0 +1,44 @@
+"""Optax, with `axis` and `where` for its losses.
+
+`import optax_masking as optax` is `import optax`, but for the losses that this
+package masks: every other name is Optax's own object, looked up in Optax when
+it is asked for.
+"""
+
+import typing as _typing
+
+import optax as _optax
+
+from optax_masking import _submodules
+from optax_masking import fills as fills
+from optax_masking import losses as losses
+from optax_masking._masking import masked_inputs as masked_inputs
+from optax_masking.losses import convex_kl_divergence as convex_kl_divergence
+from optax_masking.losses import cosine_distance as cosine_distance
+from optax_masking.losses import cosine_similarity as cosine_similarity
+from optax_masking.losses import (
+  generalized_kl_divergence as generalized_kl_divergence,
+)
+from optax_masking.losses import kl_divergence as kl_divergence
+from optax_masking.losses import sigmoid_focal_loss as sigmoid_focal_loss
+from optax_masking.losses import softmax_cross_entropy as softmax_cross_entropy
+from optax_masking.losses import (
+  softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,  # noqa: E501
+)
+
+if _typing.TYPE_CHECKING:
+  from optax import *  # noqa: F403
+
+__version__ = "0.1.0"
+
+__all__ = _optax.__all__  # `import *` gives the same names as Optax's.
+
+_submodules.install()
+
+
+def __getattr__(name: str) -> _typing.Any:
+  return getattr(_optax, name)
+
+
+def __dir__() -> list[str]:
+  return sorted(globals().keys() | set(dir(_optax)))

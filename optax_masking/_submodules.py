@@ -1,0 +1,51 @@
+"""Makes `optax_masking.contrib` and every such module Optax's own module."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Sequence
+
+_OURS = __package__ + "."
+
+
+class _OptaxModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+  """Finds in Optax each module that this package does not have itself.
+
+  It comes before the finder of files: under the name
+  `optax_masking.contrib._muon` that would load the file of
+  `optax.contrib._muon` a second time, with classes unequal to the first.
+  """
+
+  def find_spec(
+    self,
+    fullname: str,
+    path: Sequence[str] | None,
+    target: types.ModuleType | None = None,
+  ) -> importlib.machinery.ModuleSpec | None:
+    if not fullname.startswith(_OURS):
+      return None
+    parent = sys.modules[fullname.rpartition(".")[0]]
+    if parent.__name__.startswith(__package__):
+      if importlib.machinery.PathFinder.find_spec(fullname, path):
+        return None
+    if importlib.util.find_spec(_in_optax(fullname)) is None:
+      return None
+    return importlib.machinery.ModuleSpec(fullname, self)
+
+  def exec_module(self, module: types.ModuleType) -> None:
+    # What lies in `sys.modules` after the execution is what `import` returns.
+    name = module.__name__
+    sys.modules[name] = importlib.import_module(_in_optax(name))
+
+
+def _in_optax(name: str) -> str:
+  return "optax." + name.removeprefix(_OURS)
+
+
+def install() -> None:
+  """Puts the finder before all others, once in a process."""
+  if not any(isinstance(f, _OptaxModules) for f in sys.meta_path):
+    sys.meta_path.insert(0, _OptaxModules())
