@@ -9,20 +9,16 @@ import typing as _typing
 
 import optax as _optax
 
-from optax_masking import _submodules
-from optax_masking import fills as fills
-from optax_masking import losses as losses
+from optax_masking import _submodules, fills as fills, losses as losses
 from optax_masking._masking import masked_inputs as masked_inputs
-from optax_masking.losses import convex_kl_divergence as convex_kl_divergence
-from optax_masking.losses import cosine_distance as cosine_distance
-from optax_masking.losses import cosine_similarity as cosine_similarity
 from optax_masking.losses import (
+  convex_kl_divergence as convex_kl_divergence,
+  cosine_distance as cosine_distance,
+  cosine_similarity as cosine_similarity,
   generalized_kl_divergence as generalized_kl_divergence,
-)
-from optax_masking.losses import kl_divergence as kl_divergence
-from optax_masking.losses import sigmoid_focal_loss as sigmoid_focal_loss
-from optax_masking.losses import softmax_cross_entropy as softmax_cross_entropy
-from optax_masking.losses import (
+  kl_divergence as kl_divergence,
+  sigmoid_focal_loss as sigmoid_focal_loss,
+  softmax_cross_entropy as softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,  # noqa: E501
 )
 

@@ -28,19 +28,18 @@ for a softmax, `zero_unless_empty` for a norm.
 On the way out, a slice with nothing included is replaced by 0 (clause 4).
 """
 
-from collections.abc import Callable, Mapping
 import functools
 import inspect
-import operator
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from optax_masking._arguments import Axis, canonicalize_axes, canonicalize_where
 from optax_masking.fills import Axes, Fill, class_index
 
-Axis = int | tuple[int, ...] | None
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -115,8 +114,8 @@ def masked_inputs(
     parameters = inspect.signature(loss).parameters
     if unknown := sorted(fills.keys() - parameters.keys()):
       raise TypeError(
-        f"{loss.__name__} has no parameter {unknown} to fill; its parameters"
-        f" are {list(parameters)}."
+        f"There is no parameter {unknown} to fill in {loss}: its parameters are"
+        f" {list(parameters)}."
       )
     inner: Callable[..., Any] = _accepting_axis_and_where(loss)
     signature = inspect.signature(inner)
@@ -132,7 +131,7 @@ def masked_inputs(
         return _masked_call(inner, call, fills, was_right_aligned, elementwise)
       result = inner(*args, **kwargs)
       if elementwise and (axis := axis_of(args, kwargs)) != ():
-        return jnp.sum(result, _canonicalize_axes(axis, jnp.shape(result)))
+        return jnp.sum(result, canonicalize_axes(axis, jnp.shape(result)))
       return result
 
     masked_loss.__signature__ = signature  # type: ignore[attr-defined]
@@ -142,7 +141,7 @@ def masked_inputs(
 
 
 def _accepting_axis_and_where(loss: Callable[..., R]) -> Callable[..., R]:
-  """Adds to a signature the keywords ``axis=()`` and ``where=None`` it lacks."""
+  """Adds the keywords ``axis=()`` and ``where=None`` that a loss lacks."""
   signature = inspect.signature(loss)
   keyword = inspect.Parameter.KEYWORD_ONLY
   added = [
@@ -208,13 +207,13 @@ def _masked_call(
   problem = None
   try:
     shape = jnp.broadcast_shapes(*shapes)
-    axes = _canonicalize_axes(axis, shape)
+    axes = canonicalize_axes(axis, shape)
     aligned = {
       name: _align(name, x, fills[name], shape, axis, axes)
       for name, x in arrays.items()
     }
     shape = jnp.broadcast_shapes(shape, *(x.shape for x in aligned.values()))
-    where = _canonicalize_where(given["where"], shape, axes, was_right_aligned)
+    where = canonicalize_where(given["where"], shape, axes, was_right_aligned)
     for name, x in aligned.items():
       if fills[name] is class_index:
         where = where & _own_class(where, x, shape, axes)
@@ -233,34 +232,12 @@ def _masked_call(
   expected = tuple(s for a, s in enumerate(shape) if a not in reduced)
   if jnp.shape(result) != expected:
     raise ValueError(
-      f"{call.signature} on data of shape {shape} returned the shape"
-      f" {jnp.shape(result)}, not {expected}. A masked loss reduces the `axis`"
-      " it is given, or nothing if `axis` defaults to ()."
+      f"{loss} returned the shape {jnp.shape(result)} for data of shape"
+      f" {shape}, not {expected}. A masked loss reduces the `axis` that it is"
+      " given, or nothing if its `axis` defaults to ()."
     )
   result = jnp.where(jnp.any(where, reduced), result, 0)
   return jnp.sum(result, axes) if elementwise and axes else result
-
-
-def _canonicalize_axes(axis: Axis, shape: tuple[int, ...]) -> Axes:
-  """Checks ``axis`` against a shape and makes it a tuple of its axes."""
-  if axis is None:
-    return tuple(range(len(shape)))
-  axes = []
-  for a in axis if isinstance(axis, tuple) else (axis,):
-    try:
-      a = operator.index(a)
-    except TypeError:
-      raise TypeError(
-        f"`axis` must be an int, a tuple of ints or None, not {axis!r}."
-      ) from None
-    if not -len(shape) <= a < len(shape):
-      raise ValueError(f"axis {a} is out of range for the shape {shape}.")
-    if a % len(shape) in axes:
-      raise ValueError(
-        f"axis {a} of the shape {shape} is repeated in `axis`, {axis}."
-      )
-    axes.append(a % len(shape))
-  return tuple(axes)
 
 
 def _align(
@@ -281,76 +258,14 @@ def _align(
     return jnp.expand_dims(x, axes)
   if not callable(fill) or x.ndim == len(shape):
     return x
-  given = axis if isinstance(axis, tuple) else (axis,)
+  given = axis if isinstance(axis, Sequence) else (axis,)
   if x.ndim and any(a is not None and a >= 0 for a in given):
     raise ValueError(
-      f"`axis` is {axis}, which is one axis of `{name}`, of shape {x.shape}, and"
-      f" another of the data, of shape {shape}. Count it from the end, or give"
-      f" `{name}` {len(shape)} axes."
+      f"`axis` {axis} is not the same in `{name}`, of shape {x.shape}, as in"
+      f" the data, of shape {shape}. Count it from the end, or give `{name}`"
+      f" {len(shape)} axes."
     )
   return jnp.reshape(x, (1,) * (len(shape) - x.ndim) + x.shape)
-
-
-def _canonicalize_where(
-  where: jax.typing.ArrayLike,
-  shape: tuple[int, ...],
-  axes: Axes,
-  was_right_aligned: bool,
-) -> jax.Array:
-  """Checks a mask and gives it the rank of the data."""
-  where = jnp.asarray(where)
-  if where.dtype != bool:
-    raise TypeError(
-      f"`where` must be boolean, but has dtype {where.dtype}. Pass `mask != 0`."
-    )
-  rank = len(shape)
-  batch = tuple(s for a, s in enumerate(shape) if a not in axes)
-  # What `where[index]` looks like if its axes are the first of the data, those
-  # of the batch, or the last of the data.
-  missing = rank - where.ndim
-  leading = tuple(range(where.ndim, rank))
-  trailing = tuple(range(missing))
-
-  def fits(new_axes):
-    expanded = jnp.expand_dims(where, new_axes).shape
-    return all(w in (1, s) for w, s in zip(expanded, shape, strict=True))
-
-  if where.ndim == 0 or (missing == 0 and fits(())):
-    return jnp.reshape(where, where.shape or (1,) * rank)
-  if where.ndim == len(batch) and fits(axes):
-    by_batch = jnp.expand_dims(where, axes)
-    by_class = jnp.expand_dims(where, trailing)
-    if (
-      was_right_aligned
-      and fits(trailing)
-      and by_batch.shape != by_class.shape
-    ):
-      raise ValueError(
-        f"`where` of shape {where.shape} fits data of shape {shape} in two ways:"
-        f" as one entry an example, {_indexed(axes, rank)}, and aligned to the"
-        f" last axis, {_indexed(trailing, rank)}. Pass one of these."
-      )
-    return by_batch
-  fixes = [
-    _indexed(new_axes, rank)
-    for new_axes in dict.fromkeys((leading, trailing))
-    if missing > 0 and fits(new_axes)
-  ]
-  raise ValueError(
-    f"`where` has shape {where.shape}, but for data of shape {shape} and `axis`"
-    f" {axes} it must broadcast to {shape}, or have {len(batch)} axes and"
-    f" broadcast to {batch}, or be a scalar."
-    + (f" Did you mean {' or '.join(fixes)}?" if fixes else "")
-  )
-
-
-def _indexed(new_axes: Axes, rank: int) -> str:
-  """The expression that gives `where` new axes to reach a rank."""
-  kept = [a for a in range(rank) if a not in new_axes]
-  if kept == list(range(len(kept))):
-    return f"where[{', '.join(['...'] + ['None'] * len(new_axes))}]"
-  index = ["None" if a in new_axes else ":" for a in range(max(kept) + 1)]
-  return f"where[{', '.join(index)}]"
 
 
 def _own_class(
@@ -365,7 +280,7 @@ def _own_class(
   last = tuple(range(-len(axes), 0))
   sizes = [s if a in axes else where.shape[a] for a, s in enumerate(shape)]
   classes = jnp.moveaxis(jnp.broadcast_to(where, sizes), axes, last)
-  classes = jnp.reshape(classes, classes.shape[: -len(axes)] + (-1,))
+  classes = jnp.reshape(classes, (*classes.shape[: -len(axes)], -1))
   own = jnp.take_along_axis(
     classes,
     jnp.squeeze(labels, axes)[..., None],

@@ -27,10 +27,10 @@ class _OptaxModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
   ) -> importlib.machinery.ModuleSpec | None:
     if not fullname.startswith(_OURS):
       return None
-    parent = sys.modules[fullname.rpartition(".")[0]]
-    if parent.__name__.startswith(__package__):
-      if importlib.machinery.PathFinder.find_spec(fullname, path):
-        return None
+    parent = sys.modules[fullname.rpartition(".")[0]].__name__
+    find_file = importlib.machinery.PathFinder.find_spec
+    if parent.startswith(__package__) and find_file(fullname, path):
+      return None
     if importlib.util.find_spec(_in_optax(fullname)) is None:
       return None
     return importlib.machinery.ModuleSpec(fullname, self)

@@ -1,7 +1,7 @@
 """Neutral fills that no constant can be."""
 
-from collections.abc import Callable
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,339 @@
+"""The eight clauses of the mask contract, for every masked loss."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from cases import (
+  CASES,
+  DTYPES,
+  INDEX_POISONS,
+  NAMED,
+  SHAPE,
+  Case,
+  float_poisons,
+  masks,
+  tolerance,
+)
+from jax.experimental import checkify
+
+NAMED_BY_DTYPE = [
+  (f"{name}_{dtype}", case, dtype) for dtype in DTYPES for name, case in NAMED
+]
+ROW_MASKS = {
+  "no row masked": np.array([[True], [True], [True], [True]]),
+  "some rows masked": np.array([[True], [False], [True], [False]]),
+  "all rows masked": np.array([[False], [False], [False], [False]]),
+}
+
+
+def call(case, floats, arguments, where):
+  """Calls a loss with its floating arguments replaced."""
+  arguments = list(arguments)
+  for position, x in zip(case.floating(), floats, strict=True):
+    arguments[position] = x
+  return case.loss(*arguments, where=where)
+
+
+def directions(case, arguments, seed=3):
+  """A tangent for each floating argument, without zeros."""
+  rng = np.random.default_rng(seed)
+  return [
+    jnp.asarray(rng.uniform(0.5, 1.5, size=arguments[p].shape)).astype(
+      arguments[p].dtype
+    )
+    for p in case.floating()
+  ]
+
+
+@functools.cache
+def program(case: Case):
+  """Compiles a loss with all its first and second derivatives."""
+
+  def run(arguments, where, tangents):
+    floats = [arguments[p] for p in case.floating()]
+
+    def total(floats):
+      loss = call(case, floats, arguments, where)
+      return jnp.sum(loss * jnp.linspace(0.5, 1.5, loss.size).reshape(loss.shape))
+
+    return {
+      "value": call(case, floats, arguments, where),
+      "vjp": jax.grad(total)(floats),
+      "jvp": jax.jvp(
+        lambda floats: call(case, floats, arguments, where),
+        (floats,),
+        (tangents,),
+      )[1],
+      "Hessian, forward over reverse": jax.jacfwd(jax.grad(total))(floats),
+      "Hessian, reverse over reverse": jax.jacrev(jax.grad(total))(floats),
+    }
+
+  return jax.jit(run)
+
+
+def derivatives(case, arguments, where, tangents=None):
+  if tangents is None:
+    tangents = directions(case, arguments)
+  return jax.device_get(program(case)(arguments, where, tangents))
+
+
+def assert_same_bits(got, expected, message):
+  def check(path, a, b):
+    np.testing.assert_array_equal(
+      a.view(f"u{a.dtype.itemsize}"),
+      b.view(f"u{b.dtype.itemsize}"),
+      err_msg=f"{message}: {jax.tree_util.keystr(path)}",
+      strict=True,
+    )
+
+  jax.tree_util.tree_map_with_path(check, got, expected)
+
+
+def poisonings(case, arguments, where, dtype):
+  """Every way of putting one poison into what a mask masks."""
+  for position, x in enumerate(arguments):
+    is_index = position not in case.floating()
+    for poison in INDEX_POISONS if is_index else float_poisons(dtype):
+      kept = where.any(-1) if is_index else where
+      poisoned = list(arguments)
+      poisoned[position] = jnp.where(kept, x, poison)
+      yield f"{poison} in argument {position}", tuple(poisoned)
+
+
+def compacted(case, arguments, where, axis):
+  """Optax's value and gradients without the masked elements, slice by slice."""
+  axes = [a % where.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
+  order = [a for a in range(where.ndim) if a not in axes] + axes
+  batch = [where.shape[a] for a in order[: where.ndim - len(axes)]]
+
+  def sliced(x):
+    x = np.transpose(np.asarray(x), order) if x.shape == where.shape else x
+    return np.reshape(x, (int(np.prod(batch)), -1))
+
+  mask, data = sliced(where), [sliced(x) for x in arguments]
+  values = np.zeros(len(mask), data[0].dtype)
+  gradients = [np.zeros_like(data[p]) for p in case.floating()]
+  for i, kept in enumerate(mask):
+    row = [x[i] for x in data]
+    for position, x in enumerate(row):
+      if position in case.floating():
+        row[position] = x[kept]
+      else:
+        (label,) = x
+        kept = kept & kept[label]  # If not, nothing is left of the example.
+        row[position] = np.sum(kept[:label])
+    if not kept.any():
+      continue
+    value, gradient = _value_and_gradient(case)(*row)
+    values[i] = np.asarray(value)
+    for into, g in zip(gradients, gradient, strict=True):
+      into[i, kept] = np.asarray(g)
+
+  def unsliced(x):
+    x = x.reshape([where.shape[a] for a in order])
+    return np.transpose(x, np.argsort(order))
+
+  return values.reshape(batch), [unsliced(g) for g in gradients]
+
+
+@functools.cache
+def _value_and_gradient(case):
+  def total(*row):
+    return jnp.sum(case.original(*row))
+
+  return jax.jit(jax.value_and_grad(total, case.floating()))
+
+
+def assert_close(got, expected, dtype, message=""):
+  np.testing.assert_allclose(
+    np.asarray(got, "float64"),
+    np.asarray(expected, "float64"),
+    **tolerance(dtype),
+    equal_nan=False,
+    err_msg=message,
+  )
+
+
+class ContractTest(chex.TestCase):
+  @parameterized.named_parameters(NAMED_BY_DTYPE)
+  def test_invariance(self, case, dtype):
+    """Clause 1: what a masked element holds changes no bit."""
+    arguments = case.arguments(dtype)
+    for kind, where in (masks() | ROW_MASKS).items():
+      clean = derivatives(case, arguments, where)
+      chex.assert_tree_all_finite(clean)
+      for what, poisoned in poisonings(case, arguments, np.broadcast_to(where, SHAPE), dtype):
+        assert_same_bits(
+          derivatives(case, poisoned, where), clean, f"{kind}, {what}"
+        )
+
+  @parameterized.named_parameters(NAMED_BY_DTYPE)
+  def test_zero_gradient(self, case, dtype):
+    """Clause 2: derivatives with respect to masked elements are exactly 0."""
+    arguments = case.arguments(dtype)
+    for kind, where in (masks() | ROW_MASKS).items():
+      masked = ~np.broadcast_to(where, SHAPE)
+      tangents = [
+        jnp.where(masked, t, 0) for t in directions(case, arguments)
+      ]
+      got = derivatives(case, arguments, where, tangents)
+      np.testing.assert_array_equal(got["jvp"], 0, kind)
+      for gradient in got["vjp"]:
+        np.testing.assert_array_equal(gradient[masked], 0, kind)
+      for name, hessian in got.items():
+        for row in hessian if name.startswith("Hessian") else ():
+          for block in row:
+            np.testing.assert_array_equal(block[masked], 0, f"{kind}: {name}")
+            np.testing.assert_array_equal(
+              block[:, :, masked], 0, f"{kind}: {name}"
+            )
+
+  @chex.variants(with_jit=True, without_jit=True)
+  @parameterized.named_parameters(NAMED_BY_DTYPE)
+  def test_compaction(self, case, dtype):
+    """Clauses 3 and 4: the loss of the data without the masked elements."""
+    arguments = case.arguments(dtype)
+    loss = self.variant(
+      lambda arguments, where: case.loss(*arguments, where=where)
+    )
+    gradients = self.variant(
+      jax.grad(
+        lambda floats, arguments, where: jnp.sum(
+          call(case, floats, arguments, where)
+        )
+      )
+    )
+    floats = [arguments[p] for p in case.floating()]
+    for kind, where in (masks() | ROW_MASKS).items():
+      value, gradient = compacted(case, arguments, np.broadcast_to(where, SHAPE), case.axis)
+      got = loss(arguments, where)
+      self.assertEqual(got.dtype, case.original(*arguments).dtype)
+      assert_close(got, value, dtype, kind)
+      for g, expected in zip(
+        gradients(floats, arguments, where), gradient, strict=True
+      ):
+        assert_close(g, expected, dtype, kind)
+
+  @parameterized.product(
+    case=CASES,
+    shape_and_axis=(
+      ((3,), 0),
+      ((3, 2), 0),
+      ((2, 3, 2), 1),
+      ((2, 3, 2), (0, 2)),
+      ((2, 3, 2), (2, 0)),
+      ((2, 3, 2), (-1, -2, -3)),
+      ((2, 1), -1),
+    ),
+  )
+  def test_compaction_along_any_axis(self, case, shape_and_axis):
+    shape, axis = shape_and_axis
+    arguments = case.arguments(DTYPES[0], shape, axis)
+    for kind, where in masks(shape).items():
+      expected, _ = compacted(case, arguments, where, axis)
+      got = case.loss(*arguments, axis=axis, where=where)
+      assert_close(got, expected, DTYPES[0], kind)
+
+  @parameterized.named_parameters(NAMED)
+  def test_formula(self, case):
+    """Clause 3, against the definition in float64."""
+    arguments = case.arguments("float32")
+    rows = [np.asarray(x, "float64" if x.ndim > 1 else "int") for x in arguments]
+    for kind, where in masks().items():
+      got = case.loss(*arguments, axis=-1, where=where)
+      for i, kept in enumerate(where):
+        row = [x[i, kept] if x.ndim > 1 else x[i] for x in rows]
+        for position, x in enumerate(row):
+          if position not in case.floating():
+            kept = kept & kept[x]
+            row[position] = np.sum(kept[:x])
+        expected = np.sum(case.formula(*row)) if kept.any() else 0.0
+        assert_close(got[i], expected, "float32", kind)
+
+  @parameterized.named_parameters(NAMED)
+  def test_empty(self, case):
+    """Clause 4: a slice with nothing included is exactly 0."""
+    arguments = case.arguments(DTYPES[0])
+    for where in (False, ROW_MASKS["all rows masked"], np.zeros(SHAPE, bool)):
+      got = derivatives(case, arguments, where)
+      jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), got)
+
+  @parameterized.named_parameters(NAMED)
+  def test_identity(self, case):
+    """Clause 5: without a mask, Optax's own program."""
+    arguments = case.arguments(DTYPES[0])
+    axes: tuple[Any, ...] = (None,) if case.elementwise else (-1, 0, (0, 1))
+    for axis in axes:
+      kwargs = {} if case.elementwise else {"axis": axis}
+      if case.has_index and axis != -1:
+        arguments = case.arguments(DTYPES[0], SHAPE, axis)
+      for explicit in ({}, {"where": None}):
+        ours = jax.make_jaxpr(
+          functools.partial(case.loss, **kwargs, **explicit)
+        )(*arguments)
+        theirs = jax.make_jaxpr(functools.partial(case.original, **kwargs))(
+          *arguments
+        )
+        self.assertEqual(str(ours), str(theirs))
+
+  @parameterized.named_parameters(NAMED_BY_DTYPE)
+  def test_everything_included(self, case, dtype):
+    """Clause 5: a mask that masks nothing gives Optax's numbers."""
+    arguments = case.arguments(dtype)
+    expected = case.original(*arguments)
+    for where in (True, ROW_MASKS["no row masked"], np.ones(SHAPE, bool)):
+      assert_close(case.loss(*arguments, where=where), expected, dtype)
+
+  @parameterized.named_parameters(NAMED_BY_DTYPE)
+  def test_honesty(self, case, dtype):
+    """Clause 6: NaN and inf in an included element come out as in Optax."""
+    where = masks()["one element"]
+    for position in case.floating():
+      for poison in (np.nan, np.inf, -np.inf):
+        arguments = list(case.arguments(dtype))
+        arguments[position] = arguments[position].at[0, 0].set(poison)
+        value, gradient = compacted(case, arguments, where, case.axis)
+        if np.isnan(poison):
+          self.assertTrue(np.any(np.isnan(value)))
+        got = derivatives(case, arguments, where)["value"]
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(value))
+        np.testing.assert_array_equal(np.isposinf(got), np.isposinf(value))
+        np.testing.assert_array_equal(np.isneginf(got), np.isneginf(value))
+        finite = np.isfinite(value)
+        assert_close(got[finite], value[finite], dtype)
+
+
+class CleanArithmeticTest(parameterized.TestCase):
+  """Clause 7: no NaN or inf is computed because of a mask."""
+
+  @parameterized.named_parameters(NAMED_BY_DTYPE)
+  def test_debug_nans_and_infs(self, case, dtype):
+    arguments = case.arguments(dtype)
+    floats = [arguments[p] for p in case.floating()]
+    gradient = jax.grad(
+      lambda floats, where: jnp.sum(call(case, floats, arguments, where))
+    )
+    with jax.debug_nans(True), jax.debug_infs(True):
+      for where in (masks() | ROW_MASKS).values():
+        case.loss(*arguments, where=where)
+        gradient(floats, where)
+
+  @parameterized.named_parameters(NAMED)
+  def test_checkify(self, case):
+    """Inside of compiled code too, and in second derivatives."""
+    arguments = case.arguments(DTYPES[0])
+    run = jax.jit(
+      checkify.checkify(program(case).__wrapped__, checkify.nan_checks)
+    )
+    for where in (masks() | ROW_MASKS).values():
+      error, _ = run(arguments, where, directions(case, arguments))
+      error.throw()
+
+
+if __name__ == "__main__":
+  absltest.main()
