@@ -30,6 +30,7 @@ On the way out, a slice with nothing included is replaced by 0 (clause 4).
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -170,6 +171,7 @@ def _accepting_axis_and_where(loss: Callable[..., R]) -> Callable[..., R]:
 def _reader(name: str, signature: inspect.Signature) -> Callable[..., Any]:
   """Looks one argument up, without the microseconds of binding a whole call."""
   parameter = signature.parameters[name]
+  default = parameter.default
   position = sys.maxsize
   if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
     position = list(signature.parameters).index(name)
@@ -177,7 +179,7 @@ def _reader(name: str, signature: inspect.Signature) -> Callable[..., Any]:
   def read(args, kwargs):
     if len(args) > position:
       return args[position]
-    return kwargs.get(name, parameter.default)
+    return kwargs.get(name, default)
 
   return read
 
@@ -217,7 +219,10 @@ def _masked_call(
     for name, x in aligned.items():
       if fills[name] is class_index:
         where = where & _own_class(where, x, shape, axes)
-    filled = {n: _fill(x, where, fills[n], axes) for n, x in aligned.items()}
+    filled = {
+      name: _fill(name, x, where, fills[name], axes)
+      for name, x in aligned.items()
+    }
   except (TypeError, ValueError) as error:
     problem = error
   if problem or len(shapes) > 1:
@@ -280,7 +285,8 @@ def _own_class(
   last = tuple(range(-len(axes), 0))
   sizes = [s if a in axes else where.shape[a] for a, s in enumerate(shape)]
   classes = jnp.moveaxis(jnp.broadcast_to(where, sizes), axes, last)
-  classes = jnp.reshape(classes, (*classes.shape[: -len(axes)], -1))
+  batch, classes_of = classes.shape[: -len(axes)], classes.shape[-len(axes) :]
+  classes = jnp.reshape(classes, (*batch, math.prod(classes_of)))
   own = jnp.take_along_axis(
     classes,
     jnp.squeeze(labels, axes)[..., None],
@@ -291,9 +297,13 @@ def _own_class(
   return jnp.expand_dims(own[..., 0], axes)
 
 
-def _fill(x: jax.Array, where: jax.Array, fill: Fill, axes: Axes) -> jax.Array:
+def _fill(
+  name: str, x: jax.Array, where: jax.Array, fill: Fill, axes: Axes
+) -> jax.Array:
   """Replaces the masked elements of an argument."""
   if callable(fill):
+    if fill is not class_index and not jnp.issubdtype(x.dtype, jnp.floating):
+      raise TypeError(f"`{name}` must be floating, but has dtype {x.dtype}.")
     # An element that is broadcast along a reduced axis is masked where all that
     # it meets is masked.
     broadcast = tuple(a for a in axes if x.shape[a] == 1 != where.shape[a])

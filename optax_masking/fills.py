@@ -26,8 +26,8 @@ def below_maximum(x: jax.Array, where: jax.Array, axes: Axes) -> jax.Array:
   shift no constant would be far below logits near the least finite number and
   at the same time a finite distance below those near the largest.
   """
-  if all(where.shape[a] == 1 for a in axes):  # Whole examples: any logits do.
-    return jnp.where(where, x, 0)
+  if all(where.shape[a] == 1 for a in axes) or x.size == 0:
+    return jnp.where(where, x, 0)  # Whole examples: any logits do.
   # A masked logit must not decide the maximum, nor may an infinite constant: so
   # it is first replaced by 0 or the least included logit, whichever is lower.
   least = jnp.min(jnp.where(where, x, 0), axes, keepdims=True)

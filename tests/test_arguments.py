@@ -1,0 +1,302 @@
+"""What `axis` and `where` accept, mean and refuse."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax as upstream
+from absl.testing import absltest, parameterized
+from cases import CASES, DTYPES, NAMED, SHAPE, masks
+
+import optax_masking as optax
+
+REDUCING = [(c.name, c) for c in CASES if not c.elementwise]
+RIGHT_ALIGNED = [
+  (c.name, c) for c in CASES if "kl" in c.name or "cosine" in c.name
+]
+ONE_READING = [(c.name, c) for c in CASES if "softmax" in c.name]
+
+
+def error_of(function, *args, **kwargs):
+  try:
+    jax.eval_shape(lambda: function(*args, **kwargs))
+  except Exception as error:
+    return error
+  raise AssertionError("no error")
+
+
+class WhereTest(parameterized.TestCase):
+  @parameterized.named_parameters(REDUCING)
+  def test_ranks(self, case):
+    """A mask of the batch, of the data and a scalar, spelled in every way."""
+    arguments = case.arguments(DTYPES[0])
+    rows = [True, False, True, True]
+    expected = case.loss(*arguments, where=np.array(rows)[:, None])
+    for where in (
+      rows,
+      np.array(rows),
+      jnp.array(rows),
+      [[row] for row in rows],
+      np.broadcast_to(np.array(rows)[:, None], SHAPE),
+    ):
+      got = case.loss(*arguments, where=where)
+      np.testing.assert_allclose(got, expected, rtol=1e-5, equal_nan=False)
+    self.assertEqual(expected[1], 0)
+    np.testing.assert_array_equal(case.loss(*arguments, where=False), 0)
+    np.testing.assert_array_equal(case.loss(*arguments, where=[[False]]), 0)
+
+  @parameterized.named_parameters(NAMED)
+  def test_broadcasts_along_any_axis(self, case):
+    arguments = case.arguments(DTYPES[0])
+    classes = np.array([[True, False, True, True, True]])
+    np.testing.assert_array_equal(
+      case.loss(*arguments, where=classes),
+      case.loss(*arguments, where=np.broadcast_to(classes, SHAPE)),
+    )
+
+  @parameterized.named_parameters(NAMED)
+  def test_positional(self, case):
+    """In Optax's order, where it has one."""
+    arguments = case.arguments(DTYPES[0])
+    where = masks()["random"]
+    expected = case.loss(*arguments, where=where)
+    if "cosine" in case.name or case.elementwise:
+      with self.assertRaises(TypeError):
+        case.loss(*arguments, -1, where)
+    else:
+      np.testing.assert_array_equal(
+        case.loss(*arguments, -1, where), expected
+      )
+
+  @parameterized.named_parameters(NAMED)
+  def test_not_boolean(self, case):
+    arguments = case.arguments(DTYPES[0])
+    for where in (
+      np.ones(SHAPE, "int32"),
+      jnp.ones(SHAPE),
+      [[1] * 5] * 4,
+      1,
+      0.0,
+    ):
+      dtype = jnp.asarray(where).dtype
+      with self.assertRaisesWithLiteralMatch(
+        TypeError,
+        f"`where` must be boolean, but has dtype {dtype}. Pass `mask != 0`.",
+      ):
+        case.loss(*arguments, where=where)
+
+  @parameterized.named_parameters(NAMED)
+  def test_wrong_shape(self, case):
+    """The message names the shape, what is accepted, and the way out."""
+    shape = (4, 3, 5)
+    arguments = case.arguments(DTYPES[0], shape)
+    batch = shape if case.elementwise else shape[:-1]
+    for where, fix in (
+      ((4,), "where[..., None, None]"),
+      ((5,), "where[None, None, :]"),
+      ((3, 5), "where[None, :, :]"),
+      ((7,), None),
+      ((2, 3), None),
+      ((4, 3, 4), None),
+      ((1, 4, 3, 5), None),
+      ((0,), None),
+    ):
+      message = (
+        f"`where` has shape {where}, but for data of shape {shape} and the axes"
+        f" {() if case.elementwise else (2,)} it must have rank 3 and broadcast"
+        f" to {shape}, have rank {len(batch)} and broadcast to {batch}, or be a"
+        " scalar." + (f" Did you mean {fix}?" if fix else "")
+      )
+      with self.assertRaisesWithLiteralMatch(ValueError, message):
+        case.loss(*arguments, where=np.ones(where, bool))
+
+  def test_fix_is_accepted(self):
+    """The expression that an error proposes works."""
+    shape = (4, 3, 5)
+    where = np.ones(4, bool)
+    error = error_of(optax.cosine_distance, *[jnp.ones(shape)] * 2, where=where)
+    (fix,) = re.findall(r"where\[.*\]", str(error))
+    fixed = eval(fix, {"where": where})
+    optax.cosine_distance(*[jnp.ones(shape)] * 2, where=fixed)
+
+  @parameterized.named_parameters(RIGHT_ALIGNED)
+  def test_two_readings(self, case):
+    """Optax read a `[C]` mask as classes: with B == C it is refused."""
+    square = case.arguments(DTYPES[0], (5, 5))
+    where = np.array([True, True, False, True, True])
+    with self.assertRaisesWithLiteralMatch(
+      ValueError,
+      "`where` of shape (5,) fits data of shape (5, 5) in two ways: as one entry"
+      " an example, where[..., None], and aligned to the last axis,"
+      " where[None, :]. Pass one of the two.",
+    ):
+      case.loss(*square, where=where)
+    # Here Optax and the rule agree.
+    np.testing.assert_allclose(
+      case.loss(*square, axis=0, where=where),
+      case.loss(*square, axis=0, where=where[None, :]),
+    )
+    np.testing.assert_array_equal(case.loss(*square, where=[False]), 0)
+    # What only Optax's reading fits is refused too.
+    oblong = case.arguments(DTYPES[0], (4, 5))
+    with self.assertRaisesRegex(ValueError, r"Did you mean where\[None, :\]\?"):
+      case.loss(*oblong, where=where)
+
+  @parameterized.named_parameters(ONE_READING)
+  def test_one_reading(self, case):
+    """Optax read a `[B]` mask as examples, and so it is with B == C."""
+    square = case.arguments(DTYPES[0], (5, 5))
+    where = np.array([True, True, False, True, True])
+    np.testing.assert_array_equal(
+      case.loss(*square, where=where), case.loss(*square, where=where[:, None])
+    )
+
+
+class AxisTest(parameterized.TestCase):
+  @parameterized.named_parameters(REDUCING)
+  def test_errors_are_those_of_optax(self, case):
+    """What raises without a mask raises the same with one."""
+    arguments = case.arguments(DTYPES[0])
+    for axis in (2, -3, (0, 0), (1, -1), "batch", 1.0):
+      expected = error_of(case.original, *arguments, axis=axis)
+      got = error_of(case.loss, *arguments, axis=axis, where=True)
+      self.assertIs(type(got), type(expected))
+      self.assertEqual(str(got), str(expected))
+
+  def test_errors_of_elementwise_losses(self):
+    arguments = [jnp.ones((2, 3))] * 2
+    for where in (None, True):
+      for axis, kind, message in (
+        (2, ValueError, "axis 2 is out of range for the shape (2, 3)."),
+        (-3, ValueError, "axis -3 is out of range for the shape (2, 3)."),
+        (
+          (0, -2),
+          ValueError,
+          "axis -2 of the shape (2, 3) is repeated in (0, -2).",
+        ),
+        (
+          "x",
+          TypeError,
+          "`axis` must be an int, a tuple of ints or None, not 'x'.",
+        ),
+      ):
+        with self.assertRaisesWithLiteralMatch(kind, message):
+          optax.sigmoid_focal_loss(*arguments, axis=axis, where=where)
+
+  @parameterized.parameters(0, -1, [(0, 1)], [(1, -2)], None, [()])
+  def test_sum_of_an_elementwise_loss(self, axis):
+    logits, labels = CASES[-1].arguments(DTYPES[0])
+    losses = optax.sigmoid_focal_loss(logits, labels)
+    where = masks()["random"]
+    np.testing.assert_allclose(
+      optax.sigmoid_focal_loss(logits, labels, axis=axis),
+      jnp.sum(losses, axis),
+      rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+      optax.sigmoid_focal_loss(logits, labels, axis=axis, where=where),
+      jnp.sum(losses * where, axis),
+      rtol=1e-6,
+    )
+
+  @parameterized.named_parameters(
+    (c.name, c) for c in CASES if not c.elementwise and not c.has_index
+  )
+  def test_none_is_every_axis(self, case):
+    arguments = case.arguments(DTYPES[0])
+    where = masks()["random"]
+    np.testing.assert_allclose(
+      case.loss(*arguments, axis=None, where=where),
+      case.loss(*arguments, axis=(0, 1), where=where),
+      rtol=1e-6,
+    )
+
+
+class DataTest(parameterized.TestCase):
+  """Optax's own checks, with a mask."""
+
+  @parameterized.named_parameters(NAMED)
+  def test_bad_data(self, case):
+    logits, labels = case.arguments(DTYPES[0])
+    integer_logits = jnp.ones(SHAPE, "int32")
+    for arguments in (
+      (integer_logits, labels),
+      (logits[:, :4], labels[..., :3]),
+      (logits, labels[:3]),
+      (logits, jnp.ones((3, 4, 4), labels.dtype)),
+      (logits.tolist(), labels),
+    ):
+      expected = error_of(case.original, *arguments)
+      got = error_of(case.loss, *arguments, where=True)
+      self.assertIs(type(got), type(expected))
+      self.assertEqual(str(got), str(expected))
+
+  def test_bad_labels(self):
+    logits = jnp.ones(SHAPE)
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    original = upstream.softmax_cross_entropy_with_integer_labels
+    for labels, kwargs in (
+      (jnp.ones(4), {}),
+      (jnp.ones(SHAPE, int), {}),
+      (jnp.array(1), {}),
+      (jnp.ones(4, int), {"axis": None}),
+      (jnp.array(1), {"axis": None}),
+    ):
+      expected = error_of(original, logits, labels, **kwargs)
+      got = error_of(loss, logits, labels, **kwargs, where=True)
+      self.assertIs(type(got), type(expected))
+      self.assertEqual(str(got), str(expected))
+
+  @parameterized.named_parameters(NAMED)
+  def test_no_examples(self, case):
+    arguments = case.arguments(DTYPES[0], (0, 5))
+    for where in (True, np.ones((0, 5), bool), np.ones((0, 1), bool)):
+      expected = case.original(*arguments)
+      got = case.loss(*arguments, where=where)
+      self.assertEqual(got.shape, expected.shape)
+      self.assertEqual(got.dtype, expected.dtype)
+
+  @parameterized.named_parameters(NAMED)
+  def test_no_classes(self, case):
+    """An error where Optax has one, and else empty slices."""
+    arguments = [
+      jnp.ones((4,) if p not in case.floating() else (4, 0), x.dtype)
+      for p, x in enumerate(case.arguments(DTYPES[0]))
+    ]
+    where = np.ones((4, 0), bool)
+    try:
+      expected = case.original(*arguments)
+    except (TypeError, ValueError) as error:
+      got = error_of(case.loss, *arguments, where=where)
+      self.assertIs(type(got), type(error))
+    else:
+      got = case.loss(*arguments, where=where)
+      self.assertEqual(got.shape, expected.shape)
+      np.testing.assert_array_equal(got, 0)
+
+  def test_scalars(self):
+    """Rank 0: only a scalar mask fits."""
+    logit, label = jnp.asarray(0.3), jnp.asarray(1.0)
+    self.assertEqual(
+      optax.sigmoid_focal_loss(logit, label, where=True),
+      upstream.losses.sigmoid_focal_loss(logit, label),
+    )
+    self.assertEqual(
+      optax.sigmoid_focal_loss(logit * jnp.nan, label, where=False), 0
+    )
+    with self.assertRaisesRegex(ValueError, r"`where` has shape \(1,\)"):
+      optax.sigmoid_focal_loss(logit, label, where=[True])
+
+  @parameterized.named_parameters(NAMED)
+  def test_numpy_data(self, case):
+    arguments = case.arguments(DTYPES[0])
+    where = masks()["random"]
+    np.testing.assert_array_equal(
+      case.loss(*map(np.asarray, arguments), where=where),
+      case.loss(*arguments, where=where),
+    )
+
+
+if __name__ == "__main__":
+  absltest.main()
