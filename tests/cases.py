@@ -139,6 +139,13 @@ CASES = (
   Case("sigmoid_focal_loss", (_logits, _soft_labels), _focal, axis=()),
 )
 
+# Every function of this package's own among the losses.
+MASKED = [
+  name
+  for name in sorted(optax.losses.__all__)
+  if getattr(optax.losses, name).__module__.startswith("optax_masking.")
+]
+
 NAMED = [(case.name, case) for case in CASES]
 
 

@@ -65,9 +65,7 @@ class WhereTest(parameterized.TestCase):
       with self.assertRaises(TypeError):
         case.loss(*arguments, -1, where)
     else:
-      np.testing.assert_array_equal(
-        case.loss(*arguments, -1, where), expected
-      )
+      np.testing.assert_array_equal(case.loss(*arguments, -1, where), expected)
 
   @parameterized.named_parameters(NAMED)
   def test_not_boolean(self, case):
@@ -127,8 +125,8 @@ class WhereTest(parameterized.TestCase):
     where = np.array([True, True, False, True, True])
     with self.assertRaisesWithLiteralMatch(
       ValueError,
-      "`where` of shape (5,) fits data of shape (5, 5) in two ways: as one entry"
-      " an example, where[..., None], and aligned to the last axis,"
+      "`where` of shape (5,) fits data of shape (5, 5) in two ways: as one"
+      " entry an example, where[..., None], and aligned to the last axis,"
       " where[None, :]. Pass one of the two.",
     ):
       case.loss(*square, where=where)

@@ -59,7 +59,9 @@ def program(case: Case):
 
     def total(floats):
       loss = call(case, floats, arguments, where)
-      return jnp.sum(loss * jnp.linspace(0.5, 1.5, loss.size).reshape(loss.shape))
+      return jnp.sum(
+        loss * jnp.linspace(0.5, 1.5, loss.size).reshape(loss.shape)
+      )
 
     return {
       "value": call(case, floats, arguments, where),
@@ -107,7 +109,9 @@ def poisonings(case, arguments, where, dtype):
 
 def compacted(case, arguments, where, axis):
   """Optax's value and gradients without the masked elements, slice by slice."""
-  axes = [a % where.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
+  axes = [
+    a % where.ndim for a in (axis if isinstance(axis, tuple) else (axis,))
+  ]
   order = [a for a in range(where.ndim) if a not in axes] + axes
   batch = [where.shape[a] for a in order[: where.ndim - len(axes)]]
 
@@ -167,7 +171,9 @@ class ContractTest(chex.TestCase):
     for kind, where in (masks() | ROW_MASKS).items():
       clean = derivatives(case, arguments, where)
       chex.assert_tree_all_finite(clean)
-      for what, poisoned in poisonings(case, arguments, np.broadcast_to(where, SHAPE), dtype):
+      for what, poisoned in poisonings(
+        case, arguments, np.broadcast_to(where, SHAPE), dtype
+      ):
         assert_same_bits(
           derivatives(case, poisoned, where), clean, f"{kind}, {what}"
         )
@@ -178,9 +184,7 @@ class ContractTest(chex.TestCase):
     arguments = case.arguments(dtype)
     for kind, where in (masks() | ROW_MASKS).items():
       masked = ~np.broadcast_to(where, SHAPE)
-      tangents = [
-        jnp.where(masked, t, 0) for t in directions(case, arguments)
-      ]
+      tangents = [jnp.where(masked, t, 0) for t in directions(case, arguments)]
       got = derivatives(case, arguments, where, tangents)
       np.testing.assert_array_equal(got["jvp"], 0, kind)
       for gradient in got["vjp"]:
@@ -210,7 +214,9 @@ class ContractTest(chex.TestCase):
     )
     floats = [arguments[p] for p in case.floating()]
     for kind, where in (masks() | ROW_MASKS).items():
-      value, gradient = compacted(case, arguments, np.broadcast_to(where, SHAPE), case.axis)
+      value, gradient = compacted(
+        case, arguments, np.broadcast_to(where, SHAPE), case.axis
+      )
       got = loss(arguments, where)
       self.assertEqual(got.dtype, case.original(*arguments).dtype)
       assert_close(got, value, dtype, kind)
@@ -243,7 +249,9 @@ class ContractTest(chex.TestCase):
   def test_formula(self, case):
     """Clause 3, against the definition in float64."""
     arguments = case.arguments("float32")
-    rows = [np.asarray(x, "float64" if x.ndim > 1 else "int") for x in arguments]
+    rows = [
+      np.asarray(x, "float64" if x.ndim > 1 else "int") for x in arguments
+    ]
     for kind, where in masks().items():
       got = case.loss(*arguments, axis=-1, where=where)
       for i, kept in enumerate(where):
@@ -297,7 +305,7 @@ class ContractTest(chex.TestCase):
       for poison in (np.nan, np.inf, -np.inf):
         arguments = list(case.arguments(dtype))
         arguments[position] = arguments[position].at[0, 0].set(poison)
-        value, gradient = compacted(case, arguments, where, case.axis)
+        value, _ = compacted(case, arguments, where, case.axis)
         if np.isnan(poison):
           self.assertTrue(np.any(np.isnan(value)))
         got = derivatives(case, arguments, where)["value"]

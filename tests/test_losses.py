@@ -64,9 +64,7 @@ class HandWorkedTest(parameterized.TestCase):
   )
   def test_reducing(self, name, arguments, expected):
     arguments = [jnp.asarray(x) for x in arguments]
-    got = getattr(optax, name)(
-      *arguments, where=jnp.array([True, True, False])
-    )
+    got = getattr(optax, name)(*arguments, where=jnp.array([True, True, False]))
     np.testing.assert_allclose(got, expected, rtol=1e-6, equal_nan=False)
 
   def test_sigmoid_focal_loss(self):
@@ -107,7 +105,7 @@ class LabelsTest(parameterized.TestCase):
     @jax.jit
     def values_and_gradients(*arguments):
       return [
-        (loss(*arguments), jax.grad(lambda *a: loss(*a).sum())(*arguments))
+        (loss(*arguments), jax.grad(lambda *a, f=loss: f(*a).sum())(*arguments))
         for loss in (integer, soft)
       ]
 
@@ -155,9 +153,7 @@ class LabelsTest(parameterized.TestCase):
       got = optax.softmax_cross_entropy_with_integer_labels(
         logits, labels, where=where
       )
-      np.testing.assert_array_equal(
-        jnp.isnan(got), [True, True, False, True]
-      )
+      np.testing.assert_array_equal(jnp.isnan(got), [True, True, False, True])
       np.testing.assert_allclose(got[2], expected[2], rtol=1e-6)
     # A negative label looks its own class up from the end, too.
     where = jnp.array([True, True, False])[None]

@@ -41,7 +41,9 @@ class DecoratorTest(parameterized.TestCase):
       np.testing.assert_allclose(
         loss(x, y, axis=0, where=WHERE), expected.sum(0), rtol=1e-6
       )
-      gradient = jax.grad(lambda x, loss=loss: loss(x, y, axis=0, where=WHERE).sum())
+      gradient = jax.grad(
+        lambda x, loss=loss: loss(x, y, axis=0, where=WHERE).sum()
+      )
       np.testing.assert_array_equal(
         gradient(x), np.where(WHERE, np.sign(X - Y), 0)
       )

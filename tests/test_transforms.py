@@ -32,9 +32,7 @@ def _shard_map(loss: Callable) -> Callable:
   shard_map = getattr(jax, "shard_map", None)
   if shard_map is None:  # Where it was before JAX 0.6.
     from jax.experimental.shard_map import shard_map
-  return jax.jit(
-    shard_map(loss, mesh=_mesh(), in_specs=batch, out_specs=batch)
-  )
+  return jax.jit(shard_map(loss, mesh=_mesh(), in_specs=batch, out_specs=batch))
 
 
 def _sharded_jit(loss: Callable) -> Callable:

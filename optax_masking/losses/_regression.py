@@ -52,6 +52,7 @@ def cosine_similarity(
   Examples:
     >>> import jax.numpy as jnp
     >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
     >>> predictions = jnp.array([[3.0, 4.0, jnp.inf], [1.0, 2.0, 3.0]])
     >>> targets = jnp.array([[4.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
     >>> where = jnp.array([[True, True, False], [False, False, False]])

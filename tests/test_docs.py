@@ -1,0 +1,83 @@
+"""What the documentation says is so."""
+
+import doctest
+import inspect
+import pathlib
+import re
+
+import jax.numpy as jnp
+import pytest
+from cases import MASKED
+
+import optax_masking as optax
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def _print_options():
+  """Gives back what an example sets."""
+  with jnp.printoptions():
+    yield
+
+
+def run_examples(text, name):
+  test = doctest.DocTestParser().get_doctest(text, {}, name, name, 0)
+  assert test.examples
+  runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+  runner.run(test)
+  assert runner.failures == 0
+
+
+def test_readme():
+  """Every block of Python runs, in order, and prints what it says."""
+  blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+  assert len(blocks) >= 3
+  run_examples("\n".join(blocks), "README.md")
+
+
+def test_readme_begins_with_the_point():
+  """What it is, and NaN becoming finite, in ten lines."""
+  top = "\n".join(README.splitlines()[:10])
+  assert "[-1. nan]" in top
+  assert "[-1.  0.]" in top
+
+
+def test_readme_table():
+  """Each masked loss with its default axis, and no other."""
+  rows = re.findall(r"^\| `(\w+)` \| `(\S+)` \|", README, re.MULTILINE)
+  assert sorted(name for name, _ in rows) == MASKED
+  for name, axis in rows:
+    parameter = inspect.signature(getattr(optax.losses, name)).parameters[
+      "axis"
+    ]
+    assert str(parameter.default) == axis, name
+
+
+def test_changelog_names_each_loss():
+  changelog = (ROOT / "CHANGELOG.md").read_text()
+  for name in MASKED:
+    assert f"`{name}`" in changelog
+
+
+def test_readme_links():
+  """Links within the project lead somewhere."""
+  for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+      assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", [*MASKED, "masked_inputs"])
+@pytest.mark.filterwarnings("ignore:The function convex_kl_divergence")
+def test_docstring(name):
+  """It has the sections of Optax's format, and its example runs."""
+  function = getattr(optax, name)
+  doc = inspect.getdoc(function)
+  for section in ("Args:", "Returns:", "Examples:"):
+    assert f"\n{section}\n" in doc
+  documented = re.findall(
+    r"^  \*{0,2}(\w+): ", doc.split("\nReturns:")[0], re.M
+  )
+  assert documented == list(inspect.signature(function).parameters)
+  run_examples(doc, name)

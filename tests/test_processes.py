@@ -1,0 +1,52 @@
+"""Tests that need a process of their own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
+
+
+def run_pytest(*arguments, **environment):
+  """Runs tests elsewhere; a failure shows their output."""
+  result = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "pytest",
+      "-q",
+      "-p",
+      "no:cacheprovider",
+      *arguments,
+    ],
+    cwd=TESTS,
+    env=os.environ | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  assert result.returncode == 0, result.stdout
+  return result.stdout
+
+
+@pytest.mark.slow
+def test_float64():
+  """The contract in float64, which JAX has only where it starts with it."""
+  run_pytest("test_contract.py", "test_losses.py", JAX_ENABLE_X64="1")
+
+
+@pytest.mark.slow
+def test_optax_with_masked_losses():
+  """Optax's own tests of its losses, with the masked ones in their place."""
+  output = run_pytest(
+    "-p", "masked_optax", "-W", "ignore", "--pyargs", "optax.losses"
+  )
+  print(output)
+
+
+def test_typed_program():
+  """What the type checker accepts also runs."""
+  subprocess.run([sys.executable, TESTS / "typed_program.py"], check=True)

@@ -1,0 +1,219 @@
+"""`optax_masking` in the place of `optax`, in every form of import."""
+
+import importlib
+import inspect
+import pickle
+import pkgutil
+import subprocess
+import sys
+import warnings
+
+import jax.numpy as jnp
+import optax as upstream
+from absl.testing import absltest, parameterized
+from cases import CASES, MASKED
+
+import optax_masking as optax
+
+OWN_MODULES = {"fills"}
+OWN = {"masked_inputs", "losses"} | OWN_MODULES | set(MASKED)
+
+
+def run(statements):
+  """Runs a program that imports nothing else."""
+  result = subprocess.run(
+    [sys.executable, "-c", statements], capture_output=True, text=True
+  )
+  if result.returncode:
+    raise AssertionError(result.stderr)
+  return result.stdout
+
+
+class SwapTest(parameterized.TestCase):
+  def test_everything_else_is_optax(self):
+    public = [name for name in dir(upstream) if not name.startswith("_")]
+    self.assertGreater(len(public), 200)
+    for name in public:
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if hasattr(upstream, name):
+          self.assertEqual(
+            getattr(optax, name) is getattr(upstream, name),
+            name not in OWN,
+            name,
+          )
+
+  def test_losses(self):
+    """Replaced where Optax has them, at the top and in `losses`."""
+    for name in dir(upstream.losses):
+      if name.startswith("_"):
+        continue
+      ours = getattr(optax.losses, name)
+      theirs = getattr(upstream.losses, name)
+      self.assertEqual(ours is theirs, name not in MASKED, name)
+      self.assertEqual(hasattr(optax, name), hasattr(upstream, name))
+      if hasattr(upstream, name):
+        self.assertIs(getattr(optax, name), ours)
+
+  def test_every_masked_loss_has_a_case(self):
+    """But for the deprecated name of one that has."""
+    cases = [case.name for case in CASES]
+    self.assertCountEqual([*cases, "convex_kl_divergence"], MASKED)
+
+  def test_no_name_of_optax_is_taken(self):
+    """What this package adds is nothing that Optax has."""
+    added = set(dir(optax)) - set(dir(upstream))
+    self.assertEqual(
+      {n for n in added if not n.startswith("_")},
+      {"masked_inputs"} | OWN_MODULES,
+    )
+    for module in pkgutil.iter_modules(optax.__path__):
+      if module.name != "losses" and not module.name.startswith("_"):
+        self.assertFalse(hasattr(upstream, module.name), module.name)
+    self.assertIs(optax.masked, upstream.masked)
+    self.assertIs(optax.transforms, upstream.transforms)
+    self.assertIs(optax.tree, upstream.tree)
+
+  def test_signatures_are_supersets(self):
+    """Optax's parameters, in its order and with its defaults, come first."""
+    for name in MASKED:
+      ours = inspect.signature(getattr(optax.losses, name)).parameters
+      theirs = inspect.signature(getattr(upstream.losses, name)).parameters
+      self.assertEqual(list(ours)[: len(theirs)], list(theirs))
+      for parameter in theirs.values():
+        self.assertEqual(ours[parameter.name].kind, parameter.kind)
+        self.assertEqual(ours[parameter.name].default, parameter.default)
+      for added in ours.keys() - theirs.keys():
+        self.assertIn(added, ("axis", "where"))
+        self.assertEqual(ours[added].kind, inspect.Parameter.KEYWORD_ONLY)
+
+  @parameterized.parameters(
+    "import optax_masking as optax; adam = optax.contrib.muon",
+    "import optax_masking; optax_masking.losses.squared_error",
+    "from optax_masking import adamw, losses, tree_utils; losses.hinge_loss",
+    "from optax_masking.losses import softmax_cross_entropy, hinge_loss",
+    "import optax_masking.contrib; optax_masking.contrib.muon",
+    "import optax_masking.contrib as contrib; contrib.muon",
+    "from optax_masking.contrib import muon",
+    "from optax_masking import contrib; contrib.muon",
+    "import optax_masking.losses; optax_masking.losses.l2_loss",
+    "from optax_masking.losses import *; huber_loss, softmax_cross_entropy",
+    "from optax_masking import *; adam, softmax_cross_entropy, chain",
+    "from optax_masking._src import base; base.GradientTransformation",
+    "import optax_masking.losses._ranking as r; r.ranking_softmax_loss",
+    "from optax_masking.schedules._schedule import constant_schedule",
+    "import importlib; importlib.import_module('optax_masking.tree')",
+  )
+  def test_import(self, statement):
+    run(
+      "import warnings; warnings.simplefilter('error', ImportWarning)\n"
+      + statement
+    )
+
+  def test_modules_are_the_same_objects(self):
+    """Two copies of a module would have unequal classes."""
+    names = ["_src.base", "contrib._muon", "losses._fenchel_young"]
+    names += [m.name for m in pkgutil.iter_modules(upstream.__path__)]
+    for name in names:
+      if name != "losses":
+        self.assertIs(
+          importlib.import_module(f"optax_masking.{name}"),
+          importlib.import_module(f"optax.{name}"),
+        )
+    self.assertEqual(upstream.contrib.__spec__.name, "optax.contrib")
+    self.assertEqual(upstream.contrib.__name__, "optax.contrib")
+
+  def test_star(self):
+    """The names of `from optax import *`, and its objects but the losses."""
+    for module in ("", ".losses"):
+      ours: dict = {}
+      theirs: dict = {}
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        exec(f"from optax_masking{module} import *", ours)
+        exec(f"from optax{module} import *", theirs)
+      # Not the names that a program has by itself, as `__builtins__`.
+      ours, theirs = (
+        {n: x for n, x in names.items() if not n.startswith("__")}
+        for names in (ours, theirs)
+      )
+      self.assertEqual(ours.keys(), theirs.keys())
+      different = {n for n in ours if ours[n] is not theirs[n]}
+      self.assertEqual(different, theirs.keys() & MASKED)
+
+  def test_what_optax_adds_later(self):
+    for ours, theirs in ((optax, upstream), (optax.losses, upstream.losses)):
+      theirs.added_later = object()
+      try:
+        self.assertIs(ours.added_later, theirs.added_later)
+        self.assertIn("added_later", dir(ours))
+      finally:
+        del theirs.added_later
+
+  def test_what_optax_serves_lazily(self):
+    """A deprecated name still warns, and a removed one still says why."""
+    with self.assertWarnsRegex(DeprecationWarning, "optax.contrib.dpsgd"):
+      self.assertIs(optax.dpsgd, upstream.contrib.dpsgd)
+    with self.assertRaisesRegex(AttributeError, "no_such_name"):
+      _ = optax.no_such_name
+    with self.assertRaisesRegex(AttributeError, "no_such_name"):
+      _ = optax.losses.no_such_name
+    with self.assertRaisesRegex(ImportError, "no_such_name"):
+      from optax_masking import no_such_name  # noqa: F401
+    with self.assertRaisesRegex(ModuleNotFoundError, "no_such_module"):
+      importlib.import_module("optax_masking.no_such_module")
+
+  def test_dir(self):
+    for ours, theirs in ((optax, upstream), (optax.losses, upstream.losses)):
+      self.assertEqual(set(dir(theirs)) - set(dir(ours)), set())
+      self.assertEqual(dir(ours), sorted(set(dir(ours))))
+
+  def test_pickle(self):
+    state = optax.adamw(1e-3).init({"w": jnp.ones(2)})
+    copy = pickle.loads(pickle.dumps(state))
+    self.assertIs(type(copy[0]), upstream.ScaleByAdamState)
+    self.assertIs(
+      pickle.loads(pickle.dumps(optax.softmax_cross_entropy)),
+      optax.losses.softmax_cross_entropy,
+    )
+
+  def test_in_the_place_of_optax(self):
+    """Masked losses put into Optax do not call themselves."""
+    original = upstream.losses.kl_divergence
+    try:
+      upstream.losses.kl_divergence = optax.losses.kl_divergence
+      sys.modules[
+        "optax.losses._classification"
+      ].kl_divergence = optax.losses.kl_divergence
+      x = jnp.log(jnp.array([0.5, 0.5]))
+      for loss in (
+        upstream.losses.kl_divergence,
+        optax.kl_divergence,
+        optax.generalized_kl_divergence,
+      ):
+        self.assertAlmostEqual(float(loss(x, jnp.exp(x), where=True)), 0)
+    finally:
+      upstream.losses.kl_divergence = original
+      sys.modules["optax.losses._classification"].kl_divergence = original
+
+  def test_version(self):
+    """The package's own, also where it is looked up by installers."""
+    from importlib.metadata import version
+
+    self.assertEqual(optax.__version__, version("optax_masking"))
+    self.assertNotEqual(optax.__version__, upstream.__version__)
+
+  def test_imports_little(self):
+    """Beside Optax, this package and nothing else: it adds little time."""
+    loaded = run(
+      "import sys, optax; before = set(sys.modules)\n"
+      "import optax_masking; print(*sorted(set(sys.modules) - before))"
+    ).split()
+    self.assertNotEmpty(loaded)
+    for name in loaded:
+      self.assertStartsWith(name, "optax_masking")
+    self.assertLess(len(loaded), 20)
+
+
+if __name__ == "__main__":
+  absltest.main()

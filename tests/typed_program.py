@@ -1,0 +1,54 @@
+"""A program that a type checker has to accept: every form of import, and use.
+
+Run by a test, too, so that what is accepted works.
+"""
+
+import jax
+import jax.numpy as jnp
+
+import optax_masking as optax
+import optax_masking.contrib
+import optax_masking.losses
+from optax_masking import adamw, losses, tree_utils
+from optax_masking.contrib import muon
+from optax_masking.losses import hinge_loss, softmax_cross_entropy
+from optax_masking.schedules import constant_schedule
+
+
+def loss(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
+  labels = jnp.zeros(logits.shape[:-1], int)
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits, labels, axis=-1, where=mask
+  ).sum()
+
+
+@optax.masked_inputs(x=0.0, y=optax.fills.below_maximum)
+def own_loss(
+  x: jax.Array,
+  y: jax.Array,
+  axis: int = -1,
+  where: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
+  return jnp.sum(x - y, axis)
+
+
+def main() -> None:
+  logits = jnp.ones((3, 4))
+  mask = jnp.array([True, False, True])
+  optimizer = optax.chain(optax.clip(1.0), adamw(constant_schedule(1e-3)))
+  state = optimizer.init(logits)
+  grads = jax.grad(loss)(logits, mask)
+  updates, state = optimizer.update(grads, state, logits)
+  optax.apply_updates(logits, updates)
+  tree_utils.tree_sum(state)
+  muon(1e-3)
+  optax_masking.contrib.muon(1e-3)
+  total: jax.Array = softmax_cross_entropy(logits, logits, where=mask).sum()
+  total += losses.cosine_distance(logits, logits, epsilon=1e-6, axis=(0, 1))
+  total += optax_masking.losses.kl_divergence(logits, logits, where=True).sum()
+  total += hinge_loss(logits, logits).sum()
+  total += own_loss(logits, logits, where=mask).sum()
+
+
+if __name__ == "__main__":
+  main()
