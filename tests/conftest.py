@@ -1,5 +1,13 @@
-"""Two devices instead of one, for the tests of sharded losses."""
+"""Two devices instead of one, and what is left out of the quick subset."""
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+def pytest_collection_modifyitems(items):
+  """Half precision and the longest compilations are slow."""
+  for item in items:
+    if any(part in item.name for part in ("float16", "checkify", "shard")):
+      item.add_marker(pytest.mark.slow)

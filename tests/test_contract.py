@@ -294,8 +294,16 @@ class ContractTest(chex.TestCase):
     """Clause 5: a mask that masks nothing gives Optax's numbers."""
     arguments = case.arguments(dtype)
     expected = case.original(*arguments)
-    for where in (True, ROW_MASKS["no row masked"], np.ones(SHAPE, bool)):
-      assert_close(case.loss(*arguments, where=where), expected, dtype)
+    assert_close(
+      case.loss(*arguments, where=masks()["nothing masked"]), expected, dtype
+    )
+    for where in (True, ROW_MASKS["no row masked"]):
+      # A mask of examples leaves the data of the others as they are.
+      assert_same_bits(
+        np.asarray(case.loss(*arguments, where=where)),
+        np.asarray(expected),
+        case.name,
+      )
 
   @parameterized.named_parameters(NAMED_BY_DTYPE)
   def test_honesty(self, case, dtype):
@@ -321,15 +329,25 @@ class CleanArithmeticTest(parameterized.TestCase):
 
   @parameterized.named_parameters(NAMED_BY_DTYPE)
   def test_debug_nans_and_infs(self, case, dtype):
-    arguments = case.arguments(dtype)
-    floats = [arguments[p] for p in case.floating()]
+    """Operation by operation, with garbage in what is masked."""
+    clean = case.arguments(dtype)
     gradient = jax.grad(
-      lambda floats, where: jnp.sum(call(case, floats, arguments, where))
+      lambda floats, arguments, where: jnp.sum(
+        call(case, floats, arguments, where)
+      )
     )
-    with jax.debug_nans(True), jax.debug_infs(True):
-      for where in (masks() | ROW_MASKS).values():
+    for where in (masks() | ROW_MASKS).values():
+      kept = np.broadcast_to(where, SHAPE)
+      arguments = [
+        jnp.where(kept, x, jnp.nan)
+        if position in case.floating()
+        else jnp.where(kept.any(-1), x, -100)
+        for position, x in enumerate(clean)
+      ]
+      floats = [arguments[p] for p in case.floating()]
+      with jax.debug_nans(True), jax.debug_infs(True):
         case.loss(*arguments, where=where)
-        gradient(floats, where)
+        gradient(floats, arguments, where)
 
   @parameterized.named_parameters(NAMED)
   def test_checkify(self, case):

@@ -227,7 +227,7 @@ class BroadcastTest(parameterized.TestCase):
 
 
 class ExtremesTest(parameterized.TestCase):
-  @parameterized.parameters(*DTYPES)
+  @parameterized.parameters([(dtype,) for dtype in DTYPES])
   def test_logits(self, dtype):
     """Any finite logits next to a masked class, as without that class."""
     largest = float(jnp.finfo(dtype).max)
