@@ -1,12 +1,13 @@
 """The rules of `axis` and `where`, one for all losses."""
 
+import math
 import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from optax_masking.fills import Axes
+from optax_masking.fills import Array, Axes, Fill, class_index
 
 Axis = int | Sequence[int] | None
 Shape = tuple[int, ...]
@@ -94,3 +95,55 @@ def _indexed(new_axes: Axes, rank: int) -> str:
     return f"where[{', '.join(['...'] + ['None'] * len(new_axes))}]"
   index = ["None" if a in new_axes else ":" for a in range(kept[-1] + 1)]
   return f"where[{', '.join(index)}]"
+
+
+def align(
+  name: str,
+  x: Array,
+  fill: Fill,
+  shape: Shape,
+  axis: Axis,
+  axes: Axes,
+) -> Array:
+  """Gives an argument the rank of the data, where its fill depends on axes."""
+  if fill is class_index:
+    if x.ndim != len(shape) - len(axes):
+      raise ValueError(
+        f"`{name}` has shape {x.shape}; it must have an axis for each axis of"
+        f" {shape} but {axes}."
+      )
+    return jnp.expand_dims(x, axes)
+  if not callable(fill) or x.ndim == len(shape):
+    return x
+  given = axis if isinstance(axis, Sequence) else (axis,)
+  if x.ndim and any(a is not None and a >= 0 for a in given):
+    raise ValueError(
+      f"`axis` {axis} is not the same in `{name}`, of shape {x.shape}, as in"
+      f" the data, of shape {shape}. Count it from the end, or give `{name}`"
+      f" {len(shape)} axes."
+    )
+  return x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
+
+
+def own_class(
+  where: jax.Array, labels: Array, shape: Shape, axes: Axes
+) -> jax.Array:
+  """Whether the class that an integer label names is included.
+
+  A label that names no class is left for the loss to deal with.
+  """
+  if all(where.shape[a] == 1 for a in axes):
+    return where
+  last = tuple(range(-len(axes), 0))
+  sizes = [s if a in axes else where.shape[a] for a, s in enumerate(shape)]
+  classes = jnp.moveaxis(jnp.broadcast_to(where, sizes), axes, last)
+  batch, classes_of = classes.shape[: -len(axes)], classes.shape[-len(axes) :]
+  classes = jnp.reshape(classes, (*batch, math.prod(classes_of)))
+  own = jnp.take_along_axis(
+    classes,
+    jnp.squeeze(labels, axes)[..., None],
+    axis=-1,
+    mode="fill",
+    fill_value=True,
+  )
+  return jnp.expand_dims(own[..., 0], axes)

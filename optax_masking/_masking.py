@@ -30,16 +30,20 @@ On the way out, a slice with nothing included is replaced by 0 (clause 4).
 
 import functools
 import inspect
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from optax_masking._arguments import Axis, canonicalize_axes, canonicalize_where
-from optax_masking.fills import Axes, Fill, class_index
+from optax_masking._arguments import (
+  align,
+  canonicalize_axes,
+  canonicalize_where,
+  own_class,
+)
+from optax_masking.fills import Array, Axes, Fill, class_index
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,8 +82,8 @@ def masked_inputs(
       a function ``fill(x, where, axes) -> filled x``, such as
       :func:`below_maximum` or :func:`zero_unless_empty`; ``x`` and ``where``
       then have the rank of ``S``, and ``where`` has size 1 along those of
-      ``axes`` where ``x`` has. Arguments not named, Python scalars and None are
-      passed on as they are.
+      ``axes`` where ``x`` has. An argument not named is passed on as it is, and
+      so are None and, for a parameter with a default, a Python scalar.
 
   Returns:
     A decorator. A loss without ``axis`` or ``where`` in its signature gets them
@@ -129,7 +133,7 @@ def masked_inputs(
       if where_of(args, kwargs) is not None:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        return _masked_call(inner, call, fills, was_right_aligned, elementwise)
+        return _masked_call(inner, call, fills, was_right_aligned)
       result = inner(*args, **kwargs)
       if elementwise and (axis := axis_of(args, kwargs)) != ():
         return jnp.sum(result, canonicalize_axes(axis, jnp.shape(result)))
@@ -189,9 +193,10 @@ def _masked_call(
   call: inspect.BoundArguments,
   fills: Mapping[str, Fill],
   was_right_aligned: bool,
-  elementwise: bool,
 ) -> jax.Array:
   """Calls a loss on filled arguments and zeroes what is masked."""
+  parameters = call.signature.parameters
+  elementwise = parameters["axis"].default == ()
   given = dict(call.arguments)
   axis = given["axis"]
 
@@ -199,26 +204,30 @@ def _masked_call(
     call.arguments.update(given | changes)
     return loss(*call.args, **call.kwargs)
 
-  # What has no shape (Python scalars, None) can't be masked element by element.
-  arrays = {
-    name: x if isinstance(x, jax.Array) else jnp.asarray(x)
-    for name in fills
-    if hasattr(x := given[name], "shape")
-  }
+  arrays: dict[str, Array] = {}
+  for name in fills:
+    x = given[name]
+    if isinstance(x, Array):
+      arrays[name] = x  # A conversion would be an operation on its garbage.
+    elif hasattr(x, "shape") or (
+      isinstance(x, float | int)
+      and parameters[name].default is inspect.Parameter.empty
+    ):
+      arrays[name] = jnp.asarray(x)
   shapes = {x.shape for n, x in arrays.items() if fills[n] is not class_index}
   problem = None
   try:
     shape = jnp.broadcast_shapes(*shapes)
     axes = canonicalize_axes(axis, shape)
     aligned = {
-      name: _align(name, x, fills[name], shape, axis, axes)
+      name: align(name, x, fills[name], shape, axis, axes)
       for name, x in arrays.items()
     }
     shape = jnp.broadcast_shapes(shape, *(x.shape for x in aligned.values()))
     where = canonicalize_where(given["where"], shape, axes, was_right_aligned)
     for name, x in aligned.items():
       if fills[name] is class_index:
-        where = where & _own_class(where, x, shape, axes)
+        where = where & own_class(where, x, shape, axes)
     filled = {
       name: _fill(name, x, where, fills[name], axes)
       for name, x in aligned.items()
@@ -245,60 +254,8 @@ def _masked_call(
   return jnp.sum(result, axes) if elementwise and axes else result
 
 
-def _align(
-  name: str,
-  x: jax.Array,
-  fill: Fill,
-  shape: tuple[int, ...],
-  axis: Axis,
-  axes: Axes,
-) -> jax.Array:
-  """Gives an argument the rank of the data, where its fill depends on axes."""
-  if fill is class_index:
-    if x.ndim != len(shape) - len(axes):
-      raise ValueError(
-        f"`{name}` has shape {x.shape}; it must have an axis for each axis of"
-        f" {shape} but {axes}."
-      )
-    return jnp.expand_dims(x, axes)
-  if not callable(fill) or x.ndim == len(shape):
-    return x
-  given = axis if isinstance(axis, Sequence) else (axis,)
-  if x.ndim and any(a is not None and a >= 0 for a in given):
-    raise ValueError(
-      f"`axis` {axis} is not the same in `{name}`, of shape {x.shape}, as in"
-      f" the data, of shape {shape}. Count it from the end, or give `{name}`"
-      f" {len(shape)} axes."
-    )
-  return jnp.reshape(x, (1,) * (len(shape) - x.ndim) + x.shape)
-
-
-def _own_class(
-  where: jax.Array, labels: jax.Array, shape: tuple[int, ...], axes: Axes
-) -> jax.Array:
-  """Whether the class that an integer label names is included.
-
-  A label that names no class is left for the loss to deal with.
-  """
-  if all(where.shape[a] == 1 for a in axes):
-    return where
-  last = tuple(range(-len(axes), 0))
-  sizes = [s if a in axes else where.shape[a] for a, s in enumerate(shape)]
-  classes = jnp.moveaxis(jnp.broadcast_to(where, sizes), axes, last)
-  batch, classes_of = classes.shape[: -len(axes)], classes.shape[-len(axes) :]
-  classes = jnp.reshape(classes, (*batch, math.prod(classes_of)))
-  own = jnp.take_along_axis(
-    classes,
-    jnp.squeeze(labels, axes)[..., None],
-    axis=-1,
-    mode="fill",
-    fill_value=True,
-  )
-  return jnp.expand_dims(own[..., 0], axes)
-
-
 def _fill(
-  name: str, x: jax.Array, where: jax.Array, fill: Fill, axes: Axes
+  name: str, x: Array, where: jax.Array, fill: Fill, axes: Axes
 ) -> jax.Array:
   """Replaces the masked elements of an argument."""
   if callable(fill):

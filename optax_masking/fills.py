@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+Array = jax.Array | np.ndarray
 Axes = tuple[int, ...]  # Canonical: none negative, none repeated.
-Fill = float | Callable[[jax.Array, jax.Array, Axes], jax.Array]
+Fill = float | Callable[[Array, jax.Array, Axes], jax.Array]
 
 
-def class_index(labels: jax.Array, where: jax.Array, axes: Axes) -> jax.Array:
+def class_index(labels: Array, where: jax.Array, axes: Axes) -> jax.Array:
   """Fills integer class labels: a masked example gets class 0.
 
   The labels have size 1 along ``axes``, and so has ``where``.
@@ -18,7 +20,7 @@ def class_index(labels: jax.Array, where: jax.Array, axes: Axes) -> jax.Array:
   return jnp.squeeze(jnp.where(where, labels, 0), axes)
 
 
-def below_maximum(x: jax.Array, where: jax.Array, axes: Axes) -> jax.Array:
+def below_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   """Fills logits that only enter a softmax, which a shift does not change.
 
   Included logits are shifted so that the largest of a slice is 0, masked ones
@@ -34,12 +36,12 @@ def below_maximum(x: jax.Array, where: jax.Array, axes: Axes) -> jax.Array:
   included = jnp.where(where, x, jax.lax.stop_gradient(least))
   top = jax.lax.stop_gradient(jnp.max(included, axes, keepdims=True))
   # An included logit of +inf is left for the loss to deal with.
-  limit = float(jnp.finfo(x.dtype).max)
+  limit = float(jnp.finfo(top.dtype).max)
   top = jnp.where(top > limit, 0, top)
   return jnp.where(where, included - top, -limit / 2)
 
 
-def zero_unless_empty(x: jax.Array, where: jax.Array, axes: Axes) -> jax.Array:
+def zero_unless_empty(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   """Fills vectors that are divided by their norm: 0 adds nothing to either.
 
   A vector with nothing included becomes a unit vector, whose norm has finite

@@ -88,12 +88,34 @@ class DecoratorTest(parameterized.TestCase):
       mean(X, where=WHERE), X.mean(-1, where=WHERE), rtol=1e-6
     )
 
-  def test_python_scalars_and_none(self):
+  def test_python_scalars(self):
+    """A scalar is data like an array of them, and takes no part in dtypes."""
+    x = jnp.asarray(X, "bfloat16")
+    for loss in (total_error, absolute_error):
+      for y in (0.5, 2, True):
+        got = loss(x, y, axis=-1, where=WHERE)
+        self.assertEqual(got.dtype, "bfloat16")
+        np.testing.assert_array_equal(
+          got, loss(x, jnp.full(X.shape, y, "bfloat16"), axis=-1, where=WHERE)
+        )
+    logits = jnp.array([1.0, 2.0, 3.0])
+    for where, expected in (
+      ([True, True, False], np.log(1 + np.e) - 1),
+      ([True, False, True], 0.0),  # The class of the label is masked.
+    ):
+      got = optax.softmax_cross_entropy_with_integer_labels(
+        logits, 1, where=where
+      )
+      np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+  def test_none(self):
+    """Optax's regression losses take None for targets of 0."""
+
     @optax.masked_inputs(x=0.0, y=0.0)
     def loss(x, y=None):
       return jnp.abs(x if y is None else x - y)
 
-    for y in (None, 1.0, 2):
+    for y in (None, 1.0):
       np.testing.assert_array_equal(
         loss(X, y, where=WHERE), np.where(WHERE, loss(X, y), 0)
       )
