@@ -1,12 +1,15 @@
 """Trains a character model on sentences of varied length, padded with NaN.
 
-The text is what Python's own `help()` says about the language. The sentences of
-a batch are padded to one length. In the padding every label is -100 and every
-logit NaN, so that a loss that lets the padding in can't go unnoticed.
+The text is what Python's own `help()` says about the language, which differs a
+little from one version to the next. The sentences of a batch are padded to one
+length. In the padding every label is -100 and every logit NaN, so that padding
+that gets into a gradient can't go unnoticed.
 
 You will see the training and the held-out loss fall, a few sentences that the
 model makes up, and the gradients of one batch next to those of the same
-sentences without any padding: with `where=mask`, and with `loss * mask`.
+sentences without any padding: with `where=mask`, and with `loss * mask`. There
+the loss may look right, since XLA can make a select of a product with a mask.
+Its gradient is NaN all the same.
 
     python examples/padded_text.py
 """
@@ -97,8 +100,6 @@ def multiplied_loss(params: Params, labels: jax.Array) -> jax.Array:
   losses = plain_optax.softmax_cross_entropy_with_integer_labels(
     predict_all(params, labels), labels
   )
-  # XLA may compile a product with a boolean to a select. Then the loss looks
-  # right, and only its gradient is NaN.
   return (losses * mask).sum() / mask.sum()
 
 
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     f"{len(sentences):,} sentences, {count} of them held out\n"
     f"{min(lengths)} to {max(lengths)} characters in a sentence,"
     f" {len(characters) - 1} distinct ones in all\n"
-    f"{padding:.0%} of a batch is padding"
+    f"{padding:.0%} of the training set is padding"
   )
 
   params = init_params(jax.random.key(0), len(characters))

@@ -3,13 +3,15 @@
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_masking.fills import Array, Axes, Fill, class_index
+from optax_masking.fills import Array, Axes, flat_index
 
 Axis = int | Sequence[int] | None
+Where = jax.typing.ArrayLike | Sequence[Any] | None
 Shape = tuple[int, ...]
 
 
@@ -18,7 +20,7 @@ def canonicalize_axes(axis: Axis, shape: Shape) -> Axes:
   if axis is None:
     return tuple(range(len(shape)))
   axes: list[int] = []
-  for given in axis if isinstance(axis, (tuple, list)) else (axis,):
+  for given in axis if isinstance(axis, Sequence) else (axis,):
     try:
       a = operator.index(given)
     except TypeError:
@@ -34,10 +36,10 @@ def canonicalize_axes(axis: Axis, shape: Shape) -> Axes:
 
 
 def canonicalize_where(
-  where: jax.typing.ArrayLike,
+  where: Where,
   shape: Shape,
   axes: Axes,
-  was_right_aligned: bool,
+  refuse_ambiguous: bool,
 ) -> jax.Array:
   """Checks a mask against the shape of the data and gives it the same rank."""
   where = jnp.asarray(where)
@@ -69,14 +71,18 @@ def canonicalize_where(
       for new_axes in dict.fromkeys((left_aligned, right_aligned))
       if new_axes and fits(new_axes)
     ]
+    accepted = ", ".join(
+      f"have rank {len(target)} and broadcast to {target}"
+      for target in dict.fromkeys((shape, batch))
+      if target
+    )
     raise ValueError(
       f"`where` has shape {where.shape}, but for data of shape {shape} and the"
-      f" axes {axes} it must have rank {rank} and broadcast to {shape}, have"
-      f" rank {len(batch)} and broadcast to {batch}, or be a scalar."
+      f" axes {axes} it must {accepted}, or be a scalar."
       + (f" Did you mean {' or '.join(fixes)}?" if fixes else "")
     )
   if (
-    was_right_aligned
+    refuse_ambiguous
     and fits(right_aligned)
     and expanded(axes) != expanded(right_aligned)
   ):
@@ -97,36 +103,33 @@ def _indexed(new_axes: Axes, rank: int) -> str:
   return f"where[{', '.join(index)}]"
 
 
-def align(
-  name: str,
-  x: Array,
-  fill: Fill,
-  shape: Shape,
-  axis: Axis,
-  axes: Axes,
-) -> Array:
-  """Gives an argument the rank of the data, where its fill depends on axes."""
-  if fill is class_index:
-    if x.ndim != len(shape) - len(axes):
-      raise ValueError(
-        f"`{name}` has shape {x.shape}; it must have an axis for each axis of"
-        f" {shape} but {axes}."
-      )
-    return jnp.expand_dims(x, axes)
-  if not callable(fill) or x.ndim == len(shape):
-    return x
+def check_axis_of(name: str, x_shape: Shape, shape: Shape, axis: Axis) -> None:
+  """Refuses an axis that is not the same in an argument as in the data."""
   given = axis if isinstance(axis, Sequence) else (axis,)
-  if x.ndim and any(a is not None and a >= 0 for a in given):
+  if 0 < len(x_shape) < len(shape) and any(
+    a is not None and a >= 0 for a in given
+  ):
     raise ValueError(
-      f"`axis` {axis} is not the same in `{name}`, of shape {x.shape}, as in"
+      f"`axis` {axis} is not the same in `{name}`, of shape {x_shape}, as in"
       f" the data, of shape {shape}. Count it from the end, or give `{name}`"
       f" {len(shape)} axes."
     )
-  return x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
+
+
+def expand_labels(
+  name: str, labels: Array, shape: Shape, axes: Axes
+) -> jax.Array:
+  """Gives integer labels the rank of the data."""
+  if jnp.ndim(labels) != len(shape) - len(axes):
+    raise ValueError(
+      f"`{name}` has shape {jnp.shape(labels)}, but must have the rank of"
+      f" {shape} without the axes {axes}."
+    )
+  return jnp.expand_dims(labels, axes)
 
 
 def own_class(
-  where: jax.Array, labels: Array, shape: Shape, axes: Axes
+  where: jax.Array, labels: jax.Array, shape: Shape, axes: Axes
 ) -> jax.Array:
   """Whether the class that an integer label names is included.
 
@@ -134,16 +137,7 @@ def own_class(
   """
   if all(where.shape[a] == 1 for a in axes):
     return where
-  last = tuple(range(-len(axes), 0))
-  sizes = [s if a in axes else where.shape[a] for a, s in enumerate(shape)]
-  classes = jnp.moveaxis(jnp.broadcast_to(where, sizes), axes, last)
-  batch, classes_of = classes.shape[: -len(axes)], classes.shape[-len(axes) :]
-  classes = jnp.reshape(classes, (*batch, math.prod(classes_of)))
-  own = jnp.take_along_axis(
-    classes,
-    jnp.squeeze(labels, axes)[..., None],
-    axis=-1,
-    mode="fill",
-    fill_value=True,
-  )
-  return jnp.expand_dims(own[..., 0], axes)
+  index = flat_index(shape, axes)
+  classes = math.prod(shape[a] for a in axes)
+  named = (index == labels) | (index - classes == labels)  # -1 is the last.
+  return ~jnp.any(named & ~where, axes, keepdims=True)

@@ -30,27 +30,29 @@ On the way out, a slice with nothing included is replaced by 0 (clause 4).
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_masking._arguments import (
-  align,
   canonicalize_axes,
   canonicalize_where,
+  check_axis_of,
+  expand_labels,
   own_class,
 )
-from optax_masking.fills import Array, Axes, Fill, class_index
+from optax_masking._signatures import accepting_axis_and_where, reader
+from optax_masking.fills import Array, Axes, Fill, class_index, select
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def masked_inputs(
-  *, was_right_aligned: bool = False, **fills: Fill
+  *, refuse_ambiguous_where: bool = False, **fills: Fill
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
   """Gives a loss NumPy's ``axis`` and ``where``, safe in every derivative.
 
@@ -62,37 +64,48 @@ def masked_inputs(
   the shape that the array arguments broadcast to.
 
   * ``axis`` is an int, a tuple of ints, or None for all axes of ``S``.
-  * ``where`` is boolean. It broadcasts to ``S``, or it has the rank of ``S``
-    without ``axis`` and broadcasts to that (one entry an example), or it is a
-    scalar.
+  * ``where`` is boolean: an array or a list that has the rank of ``S`` and
+    broadcasts to it, or that has the rank of ``S`` without ``axis`` and
+    broadcasts to that (one entry an example), or a scalar.
 
   A loss whose ``axis`` defaults to ``()``, or that has no ``axis``, is
   elementwise: it returns the shape ``S``, and the decorator zeroes what is
   masked and sums over ``axis``. Any other loss takes ``axis`` and reduces it.
 
   Args:
-    was_right_aligned: Whether this loss used to broadcast a ``where`` of lower
-      rank as NumPy does, aligned to the last axis. If so, a mask that fits both
-      that way and as one entry an example is refused.
-    **fills: For each array argument of the loss, by name, what stands in for
-      its masked elements. A number is a constant fill. ``class_index`` says
-      that the argument holds integer class labels, without the reduced axes: a
-      masked example gets class 0, and an example whose own class is masked
-      counts as masked. For an argument that the loss normalizes along ``axis``,
-      a function ``fill(x, where, axes) -> filled x``, such as
-      :func:`below_maximum` or :func:`zero_unless_empty`; ``x`` and ``where``
-      then have the rank of ``S``, and ``where`` has size 1 along those of
-      ``axes`` where ``x`` has. An argument not named is passed on as it is, and
-      so are None and, for a parameter with a default, a Python scalar.
+    refuse_ambiguous_where: Whether to refuse a ``where`` of lower rank that
+      fits the data both as one entry an example and, as NumPy broadcasts,
+      aligned to the last axis. For a loss whose callers may mean the latter.
+    **fills: For each argument of the loss that is an array, by name, what
+      stands in for its masked elements: something that keeps the loss and its
+      derivatives finite and, in a loss that reduces ``axis``, adds nothing to
+      it. An argument not named keeps its garbage.
+
+      * A number. For an argument of integers it is cut off to one.
+      * :func:`optax_masking.fills.class_index` for integer class labels, which
+        have no ``axis``. A masked example gets class 0, and an example whose
+        own class is masked counts as masked.
+      * For an argument that the loss normalizes along ``axis``, a function
+        ``fill(x, where, axes)`` that returns the filled ``x``, such as
+        :func:`optax_masking.fills.below_maximum` for the logits of a softmax
+        and :func:`optax_masking.fills.zero_unless_empty` for what is divided by
+        its norm. ``where`` has the rank of ``S``, size 1 along those of
+        ``axes`` where ``x`` has, and ``x`` broadcasts with it.
+
+      None is passed on as it is and, for a parameter with a default, a Python
+      scalar.
 
   Returns:
     A decorator. A loss without ``axis`` or ``where`` in its signature gets them
-    as keywords; a loss with ``where`` in its signature is given the mask, as a
-    boolean array of the rank of ``S``, in case its formula has to count.
+    as keywords (write them out, for a type checker to know them). A loss with
+    ``where`` in its signature is given None or the mask, in the shape ``S``, in
+    case its formula has to count; the count may be 0. It may be traced once
+    more, without the mask, to see whether it accepts shapes that differ.
 
   Raises:
-    TypeError: From the decorated loss, if ``where`` is not boolean or ``axis``
-      is not made of ints; from the decorator, if a fill names no parameter.
+    TypeError: From the decorated loss, if ``where`` is not boolean, ``axis`` is
+      not made of ints, or an argument to fill is no array; from the decorator,
+      if a fill names no parameter.
     ValueError: From the decorated loss, if ``axis`` is out of range or
       repeated, if ``where`` has none of the accepted shapes or fits in two
       ways, or if the loss returns a shape that ``axis`` does not explain.
@@ -113,19 +126,41 @@ def masked_inputs(
     >>> print(jax.grad(absolute_error)(
     ...     predictions, targets, axis=-1, where=~jnp.isnan(targets)))
     [-1.  0. -1.]
+
+    One that reduces an axis, from logits and integer labels:
+
+    >>> @optax.masked_inputs(
+    ...     logits=optax.fills.below_maximum, labels=optax.fills.class_index)
+    ... def label_improbability(logits, labels, axis=-1, where=None):
+    ...   p = jax.nn.softmax(logits, axis)
+    ...   label_p = jnp.take_along_axis(p, jnp.expand_dims(labels, axis), axis)
+    ...   return 1 - jnp.squeeze(label_p, axis)
+    >>> print(label_improbability(
+    ...     jnp.array([[0.0, 0.0, jnp.nan], [jnp.nan, jnp.nan, jnp.nan]]),
+    ...     jnp.array([1, -100]),
+    ...     where=jnp.array([[True, True, False], [False, False, False]])))
+    [0.5 0. ]
   """
 
   def decorate(loss: Callable[P, R]) -> Callable[P, R]:
     parameters = inspect.signature(loss).parameters
-    if unknown := sorted(fills.keys() - parameters.keys()):
+    one_value = [
+      name
+      for name, parameter in parameters.items()
+      if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if not fills or not fills.keys() <= set(one_value):
       raise TypeError(
-        f"There is no parameter {unknown} to fill in {loss}: its parameters are"
-        f" {list(parameters)}."
+        f"There are fills for {list(fills)}; the parameters are {one_value}."
+        " Name a fill for each that is an array."
       )
-    inner: Callable[..., Any] = _accepting_axis_and_where(loss)
+    for name, fill in fills.items():
+      if not (callable(fill) or isinstance(fill, float | int)):
+        raise TypeError(f"The fill of `{name}` is no number, but {fill!r}.")
+    inner: Callable[..., Any] = accepting_axis_and_where(loss)
     signature = inspect.signature(inner)
-    axis_of = _reader("axis", signature)
-    where_of = _reader("where", signature)
+    axis_of = reader("axis", signature)
+    where_of = reader("where", signature)
     elementwise = signature.parameters["axis"].default == ()
 
     @functools.wraps(loss)
@@ -133,11 +168,14 @@ def masked_inputs(
       if where_of(args, kwargs) is not None:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        return _masked_call(inner, call, fills, was_right_aligned)
-      result = inner(*args, **kwargs)
-      if elementwise and (axis := axis_of(args, kwargs)) != ():
-        return jnp.sum(result, canonicalize_axes(axis, jnp.shape(result)))
-      return result
+        return _masked_call(inner, call, fills, refuse_ambiguous_where)
+      axis = axis_of(args, kwargs)
+      if not elementwise or (isinstance(axis, tuple | list) and not axis):
+        return inner(*args, **kwargs)
+      call = signature.bind(*args, **kwargs)
+      call.arguments["axis"] = ()
+      result = inner(*call.args, **call.kwargs)
+      return jnp.sum(result, canonicalize_axes(axis, jnp.shape(result)))
 
     masked_loss.__signature__ = signature  # type: ignore[attr-defined]
     return masked_loss
@@ -145,129 +183,108 @@ def masked_inputs(
   return decorate
 
 
-def _accepting_axis_and_where(loss: Callable[..., R]) -> Callable[..., R]:
-  """Adds the keywords ``axis=()`` and ``where=None`` that a loss lacks."""
-  signature = inspect.signature(loss)
-  keyword = inspect.Parameter.KEYWORD_ONLY
-  added = [
-    inspect.Parameter(name, keyword, default=default)
-    for name, default in (("axis", ()), ("where", None))
-    if name not in signature.parameters
-  ]
-  if not added:
-    return loss
-
-  @functools.wraps(loss)
-  def accepting(*args, **kwargs):
-    for parameter in added:
-      kwargs.pop(parameter.name, None)
-    return loss(*args, **kwargs)
-
-  parameters = sorted(
-    [*signature.parameters.values(), *added], key=lambda p: p.kind
-  )
-  accepting.__signature__ = signature.replace(  # type: ignore[attr-defined]
-    parameters=parameters
-  )
-  return accepting
-
-
-def _reader(name: str, signature: inspect.Signature) -> Callable[..., Any]:
-  """Looks one argument up, without the microseconds of binding a whole call."""
-  parameter = signature.parameters[name]
-  default = parameter.default
-  position = sys.maxsize
-  if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-    position = list(signature.parameters).index(name)
-
-  def read(args, kwargs):
-    if len(args) > position:
-      return args[position]
-    return kwargs.get(name, default)
-
-  return read
-
-
 def _masked_call(
   loss: Callable[..., Any],
   call: inspect.BoundArguments,
   fills: Mapping[str, Fill],
-  was_right_aligned: bool,
+  refuse_ambiguous_where: bool,
 ) -> jax.Array:
   """Calls a loss on filled arguments and zeroes what is masked."""
-  parameters = call.signature.parameters
-  elementwise = parameters["axis"].default == ()
   given = dict(call.arguments)
   axis = given["axis"]
+  elementwise = call.signature.parameters["axis"].default == ()
+  if elementwise:
+    given["axis"] = ()  # The sum is taken here.
 
   def evaluate(**changes):
     call.arguments.update(given | changes)
     return loss(*call.args, **call.kwargs)
 
-  arrays: dict[str, Array] = {}
-  for name in fills:
-    x = given[name]
-    if isinstance(x, Array):
-      arrays[name] = x  # A conversion would be an operation on its garbage.
-    elif hasattr(x, "shape") or (
-      isinstance(x, float | int)
-      and parameters[name].default is inspect.Parameter.empty
-    ):
-      arrays[name] = jnp.asarray(x)
-  shapes = {x.shape for n, x in arrays.items() if fills[n] is not class_index}
-  problem = None
+  def check_without_mask():
+    """What a loss refuses without a mask it refuses with one, in its words."""
+    jax.eval_shape(lambda: evaluate(where=None))
+
   try:
-    shape = jnp.broadcast_shapes(*shapes)
+    arrays = _arrays(call, fills)
+    labels = {n: x for n, x in arrays.items() if fills[n] is class_index}
+    data = {n: x for n, x in arrays.items() if n not in labels}
+    shape = jnp.broadcast_shapes(*map(jnp.shape, data.values()))
     axes = canonicalize_axes(axis, shape)
-    aligned = {
-      name: align(name, x, fills[name], shape, axis, axes)
-      for name, x in arrays.items()
-    }
-    shape = jnp.broadcast_shapes(shape, *(x.shape for x in aligned.values()))
-    where = canonicalize_where(given["where"], shape, axes, was_right_aligned)
-    for name, x in aligned.items():
-      if fills[name] is class_index:
-        where = where & own_class(where, x, shape, axes)
+    for name, x in data.items():
+      if callable(fills[name]):
+        check_axis_of(name, jnp.shape(x), shape, axis)
+    for name, x in labels.items():
+      labels[name] = expand_labels(name, x, shape, axes)
+    shape = jnp.broadcast_shapes(shape, *map(jnp.shape, labels.values()))
+    where = canonicalize_where(
+      given["where"], shape, axes, refuse_ambiguous_where
+    )
+    for x in labels.values():
+      where = where & own_class(where, x, shape, axes)
     filled = {
       name: _fill(name, x, where, fills[name], axes)
-      for name, x in aligned.items()
+      for name, x in (data | labels).items()
     }
-  except (TypeError, ValueError) as error:
-    problem = error
-  if problem or len(shapes) > 1:
-    # What a loss refuses without a mask it refuses with one, in its own words:
-    # a dtype, an axis, shapes that it will not broadcast.
-    jax.eval_shape(lambda: evaluate(where=None))
-  if problem:
-    raise problem
+  except (TypeError, ValueError):
+    try:
+      check_without_mask()
+    except Exception as refusal:
+      raise refusal from None
+    raise
+  if len({getattr(x, "shape", None) for x in data.values()} | {shape}) > 1:
+    check_without_mask()  # It may not broadcast what a fill has broadcast.
 
-  result = evaluate(**filled, where=where)
+  result = evaluate(**filled, where=jnp.broadcast_to(where, shape))
   reduced = () if elementwise else axes
   expected = tuple(s for a, s in enumerate(shape) if a not in reduced)
   if jnp.shape(result) != expected:
     raise ValueError(
-      f"{loss} returned the shape {jnp.shape(result)} for data of shape"
-      f" {shape}, not {expected}. A masked loss reduces the `axis` that it is"
-      " given, or nothing if its `axis` defaults to ()."
+      f"{getattr(loss, '__name__', loss)} returned the shape"
+      f" {jnp.shape(result)} for data of shape {shape}, not {expected}. A loss"
+      " to be masked reduces the `axis` that it declares; without one it"
+      " returns a value for each element."
     )
-  result = jnp.where(jnp.any(where, reduced), result, 0)
+  result = select(jnp.any(where, reduced), result, 0)
   return jnp.sum(result, axes) if elementwise and axes else result
 
 
+def _arrays(
+  call: inspect.BoundArguments, fills: Mapping[str, Fill]
+) -> dict[str, Any]:
+  """The arguments to fill. A Python scalar is data, but not as a parameter."""
+  arrays: dict[str, Any] = {}
+  for name in fills:
+    x = call.arguments[name]
+    default = call.signature.parameters[name].default
+    if isinstance(x, Array | np.generic):
+      arrays[name] = x
+    elif hasattr(x, "shape"):
+      arrays[name] = jnp.asarray(x)
+    elif isinstance(x, float | int):
+      if default is inspect.Parameter.empty:
+        arrays[name] = x
+    elif x is not None:
+      raise TypeError(f"`{name}` must be an array, not {type(x).__name__}.")
+  return arrays
+
+
 def _fill(
-  name: str, x: Array, where: jax.Array, fill: Fill, axes: Axes
+  name: str, x: Any, where: jax.Array, fill: Fill, axes: Axes
 ) -> jax.Array:
-  """Replaces the masked elements of an argument."""
-  if callable(fill):
-    if fill is not class_index and not jnp.issubdtype(x.dtype, jnp.floating):
-      raise TypeError(f"`{name}` must be floating, but has dtype {x.dtype}.")
-    # An element that is broadcast along a reduced axis is masked where all that
-    # it meets is masked.
-    broadcast = tuple(a for a in axes if x.shape[a] == 1 != where.shape[a])
-    if broadcast:
-      where = jnp.any(where, broadcast, keepdims=True)
-    return fill(x, where, axes)
-  # A Python scalar of its own kind keeps the dtype, weak or not.
-  is_integer = jnp.issubdtype(x.dtype, jnp.integer)
-  kind = bool if x.dtype == bool else int if is_integer else float
-  return jnp.where(where, x, kind(fill))
+  """Replaces the masked elements of an argument.
+
+  The select comes first: any other operation, a conversion even, would be one
+  on garbage.
+  """
+  if not callable(fill):
+    return select(where, x, fill)
+  dtype = jnp.result_type(x)
+  if fill is not class_index and not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f"`{name}` must be floating, but has dtype {dtype}.")
+  # An element that is broadcast along a reduced axis is masked where all that
+  # it meets is masked.
+  shape = (1,) * (where.ndim - jnp.ndim(x)) + jnp.shape(x)
+  broadcast = tuple(a for a in axes if shape[a] == 1 != where.shape[a])
+  if broadcast:
+    where = jnp.any(where, broadcast, keepdims=True)
+  return fill(x, where, axes)

@@ -1,15 +1,31 @@
-"""Neutral fills that no constant can be."""
+"""Neutral fills that no constant can be.
+
+Each is a function of an argument `x`, the mask `where` and the reduced `axes`.
+`where` has the rank of the data, and `x` broadcasts with it.
+"""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["below_maximum", "class_index", "zero_unless_empty"]
+
 Array = jax.Array | np.ndarray
 Axes = tuple[int, ...]  # Canonical: none negative, none repeated.
 Fill = float | Callable[[Array, jax.Array, Axes], jax.Array]
+
+
+def select(where: jax.Array, x: Any, fill: float) -> jax.Array:
+  """Replaces what is masked by a number, and keeps the dtype, weak or not."""
+  dtype = jnp.result_type(x)
+  if jnp.issubdtype(dtype, jnp.bool):
+    return jnp.where(where, x, bool(fill))
+  kind = int if jnp.issubdtype(dtype, jnp.integer) else float
+  return jnp.where(where, x, kind(fill))
 
 
 def class_index(labels: Array, where: jax.Array, axes: Axes) -> jax.Array:
@@ -17,18 +33,19 @@ def class_index(labels: Array, where: jax.Array, axes: Axes) -> jax.Array:
 
   The labels have size 1 along ``axes``, and so has ``where``.
   """
-  return jnp.squeeze(jnp.where(where, labels, 0), axes)
+  return jnp.squeeze(select(where, labels, 0), axes)
 
 
 def below_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   """Fills logits that only enter a softmax, which a shift does not change.
 
   Included logits are shifted so that the largest of a slice is 0, masked ones
-  are put so far below that their exponential underflows to 0. Without the
-  shift no constant would be far below logits near the least finite number and
-  at the same time a finite distance below those near the largest.
+  are put where an exponential is 0 and no more than that: their log probability
+  multiplies the derivatives of the loss. Without the shift no constant would be
+  below logits near the least finite number, and at the same time a finite
+  distance below those near the largest.
   """
-  if all(where.shape[a] == 1 for a in axes) or x.size == 0:
+  if all(where.shape[a] == 1 for a in axes) or 0 in jnp.shape(x):
     return jnp.where(where, x, 0)  # Whole examples: any logits do.
   # A masked logit must not decide the maximum, nor may an infinite constant: so
   # it is first replaced by 0 or the least included logit, whichever is lower.
@@ -36,17 +53,29 @@ def below_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   included = jnp.where(where, x, jax.lax.stop_gradient(least))
   top = jax.lax.stop_gradient(jnp.max(included, axes, keepdims=True))
   # An included logit of +inf is left for the loss to deal with.
-  limit = float(jnp.finfo(top.dtype).max)
-  top = jnp.where(top > limit, 0, top)
-  return jnp.where(where, included - top, -limit / 2)
+  top = jnp.where(top > float(jnp.finfo(top.dtype).max), 0, top)
+  # Half precision is computed in float32, as a rule.
+  computed = jnp.finfo(jnp.promote_types(top.dtype, "float32"))
+  underflow = 1.1 * math.log(float(computed.smallest_subnormal))
+  return jnp.where(where, included - top, underflow)
 
 
 def zero_unless_empty(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   """Fills vectors that are divided by their norm: 0 adds nothing to either.
 
-  A vector with nothing included becomes a unit vector, whose norm has finite
-  derivatives.
+  A vector with nothing included becomes the first unit vector, whose norm has
+  finite derivatives.
   """
-  unit = max(math.prod(x.shape[a] for a in axes), 1) ** -0.5
+  shape = jnp.broadcast_shapes(jnp.shape(x), where.shape)
   empty = ~jnp.any(where, axes, keepdims=True)
-  return jnp.where(where, x, jnp.where(empty, unit, 0.0))
+  first = flat_index(shape, axes) == 0
+  return jnp.where(empty & first, 1.0, jnp.where(where, x, 0.0))
+
+
+def flat_index(shape: tuple[int, ...], axes: Axes) -> jax.Array:
+  """The position of each element of a slice, counted in the order of axes."""
+  sizes = tuple(s if a in axes else 1 for a, s in enumerate(shape))
+  index = jnp.zeros(sizes, int)
+  for a in axes:
+    index = index * shape[a] + jax.lax.broadcasted_iota(index.dtype, sizes, a)
+  return index

@@ -4,6 +4,7 @@ A new loss is one row. Each property of the contract is one test over the table.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,26 @@ def tolerance(dtype: str, factor: float = 16.0) -> dict[str, float]:
   """Room for a few roundings at numbers of the size of the test data."""
   epsilon = factor * float(jnp.finfo(dtype).eps)
   return {"rtol": epsilon, "atol": epsilon}
+
+
+# NumPy by itself takes NaN for equal to NaN.
+assert_allclose = functools.partial(np.testing.assert_allclose, equal_nan=False)
+
+
+def assert_close(got, expected, dtype: str, message: str = "") -> None:
+  """Compares numbers of a dtype, up to some roundings."""
+  assert_allclose(
+    np.asarray(got, "float64"),
+    np.asarray(expected, "float64"),
+    **tolerance(dtype),
+    err_msg=message,
+  )
+
+
+def assert_equal(got, expected, message: str = "") -> None:
+  """Compares finite numbers, exactly."""
+  assert np.all(np.isfinite(np.asarray(got, "float64"))), message
+  np.testing.assert_array_equal(got, expected, err_msg=message)
 
 
 def _logits(rng, shape, axis):

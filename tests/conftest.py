@@ -9,5 +9,6 @@ jax.config.update("jax_num_cpu_devices", 2)
 def pytest_collection_modifyitems(items):
   """Half precision and the longest compilations are slow."""
   for item in items:
-    if any(part in item.name for part in ("float16", "checkify", "shard")):
+    slow = ("float16", "checkify", "test_derivatives")
+    if any(part in item.name for part in slow):
       item.add_marker(pytest.mark.slow)

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax as upstream
 from absl.testing import absltest, parameterized
-from cases import CASES, DTYPES, NAMED, SHAPE, masks
+from cases import (
+  CASES,
+  DTYPES,
+  NAMED,
+  SHAPE,
+  assert_allclose,
+  assert_equal,
+  masks,
+)
 
 import optax_masking as optax
 
@@ -41,16 +49,16 @@ class WhereTest(parameterized.TestCase):
       np.broadcast_to(np.array(rows)[:, None], SHAPE),
     ):
       got = case.loss(*arguments, where=where)
-      np.testing.assert_allclose(got, expected, rtol=1e-5, equal_nan=False)
+      assert_allclose(got, expected, rtol=1e-5)
     self.assertEqual(expected[1], 0)
-    np.testing.assert_array_equal(case.loss(*arguments, where=False), 0)
-    np.testing.assert_array_equal(case.loss(*arguments, where=[[False]]), 0)
+    assert_equal(case.loss(*arguments, where=False), 0)
+    assert_equal(case.loss(*arguments, where=[[False]]), 0)
 
   @parameterized.named_parameters(NAMED)
   def test_broadcasts_along_any_axis(self, case):
     arguments = case.arguments(DTYPES[0])
     classes = np.array([[True, False, True, True, True]])
-    np.testing.assert_array_equal(
+    assert_equal(
       case.loss(*arguments, where=classes),
       case.loss(*arguments, where=np.broadcast_to(classes, SHAPE)),
     )
@@ -65,7 +73,7 @@ class WhereTest(parameterized.TestCase):
       with self.assertRaises(TypeError):
         case.loss(*arguments, -1, where)
     else:
-      np.testing.assert_array_equal(case.loss(*arguments, -1, where), expected)
+      assert_equal(case.loss(*arguments, -1, where), expected)
 
   @parameterized.named_parameters(NAMED)
   def test_not_boolean(self, case):
@@ -89,7 +97,6 @@ class WhereTest(parameterized.TestCase):
     """The message names the shape, what is accepted, and the way out."""
     shape = (4, 3, 5)
     arguments = case.arguments(DTYPES[0], shape)
-    batch = shape if case.elementwise else shape[:-1]
     for where, fix in (
       ((4,), "where[..., None, None]"),
       ((5,), "where[None, None, :]"),
@@ -100,10 +107,17 @@ class WhereTest(parameterized.TestCase):
       ((1, 4, 3, 5), None),
       ((0,), None),
     ):
+      axes, batch = (
+        ("()", "")
+        if case.elementwise
+        else (
+          "(2,)",
+          ", have rank 2 and broadcast to (4, 3)",
+        )
+      )
       message = (
         f"`where` has shape {where}, but for data of shape {shape} and the axes"
-        f" {() if case.elementwise else (2,)} it must have rank 3 and broadcast"
-        f" to {shape}, have rank {len(batch)} and broadcast to {batch}, or be a"
+        f" {axes} it must have rank 3 and broadcast to {shape}{batch}, or be a"
         " scalar." + (f" Did you mean {fix}?" if fix else "")
       )
       with self.assertRaisesWithLiteralMatch(ValueError, message):
@@ -131,11 +145,11 @@ class WhereTest(parameterized.TestCase):
     ):
       case.loss(*square, where=where)
     # Here Optax and the rule agree.
-    np.testing.assert_allclose(
+    assert_allclose(
       case.loss(*square, axis=0, where=where),
       case.loss(*square, axis=0, where=where[None, :]),
     )
-    np.testing.assert_array_equal(case.loss(*square, where=[False]), 0)
+    assert_equal(case.loss(*square, where=[False]), 0)
     # What only Optax's reading fits is refused too.
     oblong = case.arguments(DTYPES[0], (4, 5))
     with self.assertRaisesRegex(ValueError, r"Did you mean where\[None, :\]\?"):
@@ -146,7 +160,7 @@ class WhereTest(parameterized.TestCase):
     """Optax read a `[B]` mask as examples, and so it is with B == C."""
     square = case.arguments(DTYPES[0], (5, 5))
     where = np.array([True, True, False, True, True])
-    np.testing.assert_array_equal(
+    assert_equal(
       case.loss(*square, where=where), case.loss(*square, where=where[:, None])
     )
 
@@ -187,12 +201,12 @@ class AxisTest(parameterized.TestCase):
     logits, labels = CASES[-1].arguments(DTYPES[0])
     losses = optax.sigmoid_focal_loss(logits, labels)
     where = masks()["random"]
-    np.testing.assert_allclose(
+    assert_allclose(
       optax.sigmoid_focal_loss(logits, labels, axis=axis),
       jnp.sum(losses, axis),
       rtol=1e-6,
     )
-    np.testing.assert_allclose(
+    assert_allclose(
       optax.sigmoid_focal_loss(logits, labels, axis=axis, where=where),
       jnp.sum(losses * where, axis),
       rtol=1e-6,
@@ -204,7 +218,7 @@ class AxisTest(parameterized.TestCase):
   def test_none_is_every_axis(self, case):
     arguments = case.arguments(DTYPES[0])
     where = masks()["random"]
-    np.testing.assert_allclose(
+    assert_allclose(
       case.loss(*arguments, axis=None, where=where),
       case.loss(*arguments, axis=(0, 1), where=where),
       rtol=1e-6,
@@ -237,6 +251,7 @@ class DataTest(parameterized.TestCase):
     for labels, kwargs in (
       (jnp.ones(4), {}),
       (jnp.ones(SHAPE, int), {}),
+      (jnp.ones(4, bool), {}),
       (jnp.array(1), {}),
       (jnp.ones(4, int), {"axis": None}),
       (jnp.array(1), {"axis": None}),
@@ -271,7 +286,29 @@ class DataTest(parameterized.TestCase):
     else:
       got = case.loss(*arguments, where=where)
       self.assertEqual(got.shape, expected.shape)
-      np.testing.assert_array_equal(got, 0)
+      assert_equal(got, 0)
+
+  def test_python_scalars(self):
+    """Where Optax takes none, nor does a mask."""
+    for arguments in ((0.5, 1.0), (0.5, jnp.array(1.0))):
+      expected = error_of(upstream.losses.sigmoid_focal_loss, *arguments)
+      got = error_of(optax.sigmoid_focal_loss, *arguments, where=True)
+      self.assertIs(type(got), type(expected))
+      self.assertEqual(str(got), str(expected))
+
+  @parameterized.named_parameters(REDUCING)
+  def test_garbage_of_lower_rank(self, case):
+    """A target shared by a batch is never looked at where it is masked."""
+    if case.has_index:
+      return
+    first, second = case.arguments(DTYPES[0])
+    where = np.array([[True, True, False, True, True]])
+    expected = case.loss(first, second[0], where=where)
+    garbage = second[0].at[2].set(jnp.nan)
+    with jax.debug_nans(True):
+      assert_equal(case.loss(first, garbage, where=where), expected)
+      for nothing in (float("nan"), np.float64("nan")):
+        assert_equal(case.loss(first, nothing, where=False), 0)
 
   def test_scalars(self):
     """Rank 0: only a scalar mask fits."""
@@ -297,7 +334,7 @@ class DataTest(parameterized.TestCase):
     ]
     with jax.debug_nans(True), jax.debug_infs(True):
       got = case.loss(*garbage, where=where)
-    np.testing.assert_array_equal(got, case.loss(*arguments, where=where))
+    assert_equal(got, case.loss(*arguments, where=where))
 
 
 if __name__ == "__main__":

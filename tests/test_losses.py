@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax as upstream
 from absl.testing import absltest, parameterized
-from cases import CASES, DTYPES, SHAPE, masks, tolerance
+from cases import (
+  CASES,
+  DTYPES,
+  SHAPE,
+  assert_allclose,
+  assert_close,
+  assert_equal,
+  masks,
+  tolerance,
+)
 
 import optax_masking as optax
 
@@ -65,7 +74,7 @@ class HandWorkedTest(parameterized.TestCase):
   def test_reducing(self, name, arguments, expected):
     arguments = [jnp.asarray(x) for x in arguments]
     got = getattr(optax, name)(*arguments, where=jnp.array([True, True, False]))
-    np.testing.assert_allclose(got, expected, rtol=1e-6, equal_nan=False)
+    assert_allclose(got, expected, rtol=1e-6)
 
   def test_sigmoid_focal_loss(self):
     # A logit of log 3 is a probability of 3/4. Label 1: -(1/4)^2 log 3/4.
@@ -77,7 +86,7 @@ class HandWorkedTest(parameterized.TestCase):
       where=jnp.array([True, True, False]),
     )
     expected = [0.1 * math.log(4 / 3) / 16, 0.9 * 9 / 16 * math.log(4), 0]
-    np.testing.assert_allclose(got, expected, rtol=1e-6, equal_nan=False)
+    assert_allclose(got, expected, rtol=1e-6)
 
 
 class LabelsTest(parameterized.TestCase):
@@ -116,11 +125,10 @@ class LabelsTest(parameterized.TestCase):
           logits, labels.reshape(batch), where
         )
         for a, b in zip(got, expected, strict=True):
-          np.testing.assert_allclose(
+          assert_allclose(
             a.astype("float32"),
             b.astype("float32"),
             **tolerance(dtype),
-            equal_nan=False,
           )
 
   def test_own_class_masked(self):
@@ -135,11 +143,9 @@ class LabelsTest(parameterized.TestCase):
       )
 
     # Row 2: log(1 + e).
-    np.testing.assert_allclose(
-      loss(logits), [0, math.log(1 + math.e)], rtol=1e-6
-    )
+    assert_allclose(loss(logits), [0, math.log(1 + math.e)], rtol=1e-6)
     gradient = jax.jacobian(loss)(logits)
-    np.testing.assert_array_equal(gradient[0], 0)
+    assert_equal(gradient[0], 0)
     self.assertTrue(jnp.all(gradient[1, 1, :2] != 0))
 
   def test_included_label_out_of_range(self):
@@ -153,8 +159,8 @@ class LabelsTest(parameterized.TestCase):
       got = optax.softmax_cross_entropy_with_integer_labels(
         logits, labels, where=where
       )
-      np.testing.assert_array_equal(jnp.isnan(got), [True, True, False, True])
-      np.testing.assert_allclose(got[2], expected[2], rtol=1e-6)
+      assert_equal(jnp.isnan(got), [True, True, False, True])
+      assert_allclose(got[2], expected[2], rtol=1e-6)
     # A negative label looks its own class up from the end, too.
     where = jnp.array([True, True, False])[None]
     got = optax.softmax_cross_entropy_with_integer_labels(
@@ -172,7 +178,7 @@ class LabelsTest(parameterized.TestCase):
       got = optax.softmax_cross_entropy_with_integer_labels(
         logits, jnp.array([1, 2, 3], dtype), where=where
       )
-      np.testing.assert_array_equal(got, expected)
+      assert_equal(got, expected)
 
 
 class BroadcastTest(parameterized.TestCase):
@@ -189,7 +195,7 @@ class BroadcastTest(parameterized.TestCase):
         for i, kept in enumerate(where)
       ]
       got = optax.softmax_cross_entropy(logits, shared, where=where)
-      np.testing.assert_allclose(got, expected, **tolerance(DTYPES[0]))
+      assert_allclose(got, expected, **tolerance(DTYPES[0]))
       # A class that no example includes has no gradient; its label is free.
       unused = where & (np.arange(5) != 2)
       gradient = jax.grad(
@@ -197,13 +203,13 @@ class BroadcastTest(parameterized.TestCase):
           logits, y, where=w
         ).sum()
       )(shared.at[..., 2].set(NAN))
-      np.testing.assert_array_equal(gradient[..., 2], 0)
+      assert_equal(gradient[..., 2], 0)
       self.assertTrue(jnp.all(jnp.isfinite(gradient)))
 
   def test_logits_shared_by_a_batch(self):
     logits, labels = CASES[1].arguments(DTYPES[0])
     where = masks()["random"]
-    np.testing.assert_allclose(
+    assert_allclose(
       optax.softmax_cross_entropy_with_integer_labels(
         logits[:1], labels, where=where
       ),
@@ -216,7 +222,7 @@ class BroadcastTest(parameterized.TestCase):
   def test_one_class_mask_for_integer_labels(self):
     logits, labels = CASES[1].arguments(DTYPES[0])
     classes = np.array([[True, True, False, True, True]])
-    np.testing.assert_array_equal(
+    assert_equal(
       optax.softmax_cross_entropy_with_integer_labels(
         logits, labels, where=classes
       ),
@@ -251,16 +257,14 @@ class ExtremesTest(parameterized.TestCase):
         expected = jax.value_and_grad(upstream.softmax_cross_entropy)(
           kept, jnp.array([0.25, 0.75], dtype)
         )
-        np.testing.assert_array_equal(got[0], expected[0])
-        np.testing.assert_array_equal(got[1][where], expected[1])
+        assert_equal(got[0], expected[0])
+        assert_equal(got[1][where], expected[1])
         with jax.debug_nans(True), jax.debug_infs(True):
           got = optax.softmax_cross_entropy_with_integer_labels(
             logits, np.array(2), where=where
           )
         exact = np.logaddexp(float(kept[0]) - float(kept[1]), 0.0)
-        np.testing.assert_allclose(
-          float(got), exact, **tolerance(dtype), equal_nan=False
-        )
+        assert_allclose(float(got), exact, **tolerance(dtype))
 
   def test_large_equal_logits(self):
     """Three logits of 1e8: log 3, where Optax rounds the loss away."""
@@ -270,10 +274,10 @@ class ExtremesTest(parameterized.TestCase):
         jnp.array(0),
         where=jnp.array([True, True, True, False]),
       )
-      np.testing.assert_allclose(got, math.log(3), rtol=1e-6)
+      assert_allclose(got, math.log(3), rtol=1e-6)
 
   def test_infinite_logits(self):
-    """Included infinities come out as in Optax, whatever else is masked."""
+    """Included infinities come out as in Optax, NaN and all."""
     where = jnp.array([True, False, True, True])
     for row in (
       [np.inf, 0.0, 0.0, 1.0],
@@ -313,7 +317,7 @@ class ExtremesTest(parameterized.TestCase):
         lambda x: optax.cosine_distance(x, x, where=False).sum()
       )(x)
     self.assertEqual(value, 0)
-    np.testing.assert_array_equal(gradient, 0)
+    assert_equal(gradient, 0)
 
 
 class ParametersTest(parameterized.TestCase):
@@ -343,12 +347,12 @@ class ParametersTest(parameterized.TestCase):
       got = jax.grad(total, (0, 1))(padded, garbage)
     expected = jax.grad(dropped, (0, 1))(logits, clean)
     for a, b in zip(got, expected, strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=False)
+      assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     self.assertEqual(got[1][2], 0)
     # And a scalar that is differentiated.
     got = jax.grad(total, 1)(padded, 0.3)
     expected = jax.grad(dropped, 1)(logits, 0.3)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, equal_nan=False)
+    assert_allclose(got, expected, rtol=1e-5)
 
   def test_epsilon(self):
     """A least norm for each vector, one of them of a masked one."""
@@ -366,12 +370,46 @@ class ParametersTest(parameterized.TestCase):
           lambda a, b, e, loss=loss: loss(a, b, epsilon=e, where=where).sum(),
           (0, 1, 2),
         )(a, b, epsilon)
-        np.testing.assert_allclose(
+        assert_allclose(
           loss(a, b, epsilon=epsilon, where=where), expected, atol=1e-6
         )
       self.assertTrue(all(jnp.all(jnp.isfinite(g)) for g in gradients))
       self.assertEqual(gradients[2][2], 0)
-      np.testing.assert_allclose(got, sum(expected), rtol=1e-6)
+      assert_allclose(got, sum(expected), rtol=1e-6)
+
+
+class HardLabelsTest(parameterized.TestCase):
+  @parameterized.parameters("float32", "int32", "bool")
+  def test_sigmoid_focal_loss(self, dtype):
+    """Labels of 0 and 1, as they mostly are: value, gradient and Hessian."""
+    logits, soft = CASES[-1].arguments(DTYPES[0])
+    labels = (soft > 0.5).astype(dtype)
+    where = masks()["random"]
+
+    def total(logits):
+      return optax.sigmoid_focal_loss(logits, labels, where=where).sum()
+
+    def dropped(logits):
+      return upstream.losses.sigmoid_focal_loss(logits, labels[where]).sum()
+
+    garbage = jnp.where(where, logits, NAN)
+    got = total(garbage), jax.grad(total)(garbage), jax.hessian(total)(garbage)
+    kept = logits[where]
+    expected = (
+      dropped(kept),
+      jax.grad(dropped)(kept),
+      jax.hessian(dropped)(kept),
+    )
+    for g, e, inside in zip(
+      got,
+      expected,
+      ((), (where,), np.ix_(*[np.flatnonzero(where)] * 2)),
+      strict=True,
+    ):
+      if len(inside) == 2:
+        g = g.reshape(logits.size, logits.size)
+      assert_close(g[inside], e, DTYPES[0])
+      self.assertEqual(jnp.sum(jnp.abs(g)), jnp.sum(jnp.abs(g[inside])))
 
 
 class DeprecationTest(parameterized.TestCase):
@@ -391,7 +429,7 @@ class DeprecationTest(parameterized.TestCase):
     with self.assertWarns(DeprecationWarning):
       got = optax.convex_kl_divergence(*arguments, where=where)
     # As in HandWorkedTest: 2 log 2 + 1 - 2, and 0.
-    np.testing.assert_allclose(got, 2 * math.log(2) - 1, rtol=1e-6)
+    assert_allclose(got, 2 * math.log(2) - 1, rtol=1e-6)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ def run_pytest(*arguments, **environment):
 @pytest.mark.slow
 def test_float64():
   """The contract in float64, which JAX has only where it starts with it."""
-  run_pytest("test_contract.py", "test_losses.py", JAX_ENABLE_X64="1")
+  run_pytest(
+    *("test_contract.py", "test_losses.py", "test_transforms.py"),
+    JAX_ENABLE_X64="1",
+  )
 
 
 @pytest.mark.slow

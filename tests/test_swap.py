@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pathlib
 import pickle
 import pkgutil
 import subprocess
@@ -123,6 +124,19 @@ class SwapTest(parameterized.TestCase):
     self.assertEqual(upstream.contrib.__spec__.name, "optax.contrib")
     self.assertEqual(upstream.contrib.__name__, "optax.contrib")
 
+  def test_stubs(self):
+    """A type checker finds each of Optax's modules under the other name."""
+    package = pathlib.Path(optax.__file__).parent
+    modules = {
+      m.name
+      for m in pkgutil.iter_modules(upstream.__path__)
+      if m.ispkg and not m.name.startswith("_")
+    }
+    self.assertEqual(
+      {path.stem for path in package.glob("*.pyi")}, modules - {"losses"}
+    )
+    self.assertTrue((package / "py.typed").exists())
+
   def test_star(self):
     """The names of `from optax import *`, and its objects but the losses."""
     for module in ("", ".losses"):
@@ -152,8 +166,11 @@ class SwapTest(parameterized.TestCase):
 
   def test_what_optax_serves_lazily(self):
     """A deprecated name still warns, and a removed one still says why."""
-    with self.assertWarnsRegex(DeprecationWarning, "optax.contrib.dpsgd"):
+    with self.assertWarnsRegex(
+      DeprecationWarning, "optax.contrib.dpsgd"
+    ) as caught:
       self.assertIs(optax.dpsgd, upstream.contrib.dpsgd)
+    self.assertEqual(caught.filename, __file__)  # Else Python would hide it.
     with self.assertRaisesRegex(AttributeError, "no_such_name"):
       _ = optax.no_such_name
     with self.assertRaisesRegex(AttributeError, "no_such_name"):

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from cases import DTYPES, NAMED, masks, tolerance
+from cases import DTYPES, NAMED, assert_close, masks
+from jax.experimental import checkify
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import optax_masking as optax
 
 DTYPE = DTYPES[0]
 
@@ -40,42 +43,43 @@ def _sharded_jit(loss: Callable) -> Callable:
   return jax.jit(loss, in_shardings=sharding, out_shardings=sharding)
 
 
+ROWS = np.array([[True], [False], [False], [True]])
 TRANSFORMS = (_vmap, _scan, jax.checkpoint, _shard_map, _sharded_jit)
+
+
+def derivatives(case, transform, arguments, where):
+  """The value, the gradients, and how both change in a direction."""
+  count = len(case.floating())
+  loss = transform(lambda where, *arguments: case.loss(*arguments, where=where))
+
+  def value_and_gradients(*floats):
+    def total(*floats):
+      return jnp.sum(loss(where, *floats, *arguments[count:]))
+
+    return jax.value_and_grad(total, range(count))(*floats)
+
+  floats = arguments[:count]
+  return jax.jvp(
+    value_and_gradients, floats, [jnp.ones_like(x) for x in floats]
+  )
 
 
 class TransformsTest(parameterized.TestCase):
   @parameterized.product(
-    name_and_case=NAMED, transform=TRANSFORMS, mask=("random", "rows")
+    name_and_case=NAMED, transform=TRANSFORMS, dtype=DTYPES
   )
-  def test_value_and_gradients(self, name_and_case, transform, mask):
-    """Garbage in what is masked, in and out of each transformation."""
+  def test_derivatives(self, name_and_case, transform, dtype):
+    """First and second ones, with garbage in what is masked."""
     _, case = name_and_case
-    where = masks()["random"]
-    if mask == "rows":
-      where = np.array([[True], [False], [False], [True]])
-    arguments = [
-      jnp.where(where, x, jnp.nan) if i in case.floating() else x
-      for i, x in enumerate(case.arguments(DTYPE))
-    ]
-
-    def loss(*arguments_and_where):
-      *arguments, where = arguments_and_where
-      return case.loss(*arguments, where=where)
-
-    def value_and_gradients(loss):
-      return jax.value_and_grad(
-        lambda *args: jnp.sum(loss(*args)), case.floating()
-      )
-
-    expected = value_and_gradients(loss)(*arguments, where)
-    got = value_and_gradients(transform(loss))(*arguments, where)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(
-        a, b, equal_nan=False, **tolerance(DTYPE)
-      ),
-      got,
-      expected,
-    )
+    clean = case.arguments(dtype)
+    for where in (masks()["random"], ROWS):
+      arguments = [
+        jnp.where(where, x, jnp.nan) if position in case.floating() else x
+        for position, x in enumerate(clean)
+      ]
+      expected = derivatives(case, lambda loss: loss, arguments, where)
+      got = derivatives(case, transform, arguments, where)
+      jax.tree.map(lambda a, b: assert_close(a, b, dtype), got, expected)
 
   @parameterized.named_parameters(NAMED)
   def test_mask_alone_is_mapped(self, case):
@@ -84,12 +88,34 @@ class TransformsTest(parameterized.TestCase):
     wheres = np.stack(list(masks().values()))
     got = jax.vmap(lambda where: case.loss(*arguments, where=where))(wheres)
     for where, row in zip(wheres, got, strict=True):
-      np.testing.assert_allclose(
-        row,
-        case.loss(*arguments, where=where),
-        equal_nan=False,
-        **tolerance(DTYPE),
-      )
+      assert_close(row, case.loss(*arguments, where=where), DTYPE)
+
+  @parameterized.named_parameters(NAMED)
+  def test_explicit_mesh(self, case):
+    """Where the type of an array has its sharding, for masks of all kinds."""
+    if not hasattr(jax, "set_mesh"):
+      self.skipTest("JAX has no explicit meshes yet.")
+    axis_type = jax.sharding.AxisType.Explicit
+    with jax.set_mesh(jax.make_mesh((2,), ("batch",), (axis_type,))):
+      arguments = case.arguments(DTYPE)
+      sharded = [jax.device_put(x, PartitionSpec("batch")) for x in arguments]
+      for where in (masks()["random"], ROWS, masks()["random"][:1]):
+        expected = case.loss(*arguments, where=where)
+        assert_close(case.loss(*sharded, where=where), expected, DTYPE)
+        if len(where) > 1:
+          where = jax.device_put(where, PartitionSpec("batch"))
+          assert_close(case.loss(*sharded, where=where), expected, DTYPE)
+
+  def test_index_checks(self):
+    """A masked label is not looked up."""
+    logits = jnp.ones((2, 3))
+    labels = jnp.array([1, -100])
+    where = jnp.array([[True, True, False], [False, False, False]])
+    error, _ = checkify.checkify(
+      optax.softmax_cross_entropy_with_integer_labels,
+      checkify.index_checks,
+    )(logits, labels, where=where)
+    error.throw()
 
   @parameterized.named_parameters(NAMED)
   def test_no_recompilation(self, case):

@@ -3,9 +3,18 @@
 What is not imported here is looked up in Optax, when it is asked for.
 """
 
+import functools as _functools
 import typing as _typing
 
 import optax.losses as _optax_losses
+
+if _typing.TYPE_CHECKING:
+  from optax.losses import *  # noqa: F403  # The masked losses below replace its own.
+
+  def __getattr__(name: str) -> _typing.Any: ...
+else:
+  # No frame of this package, for a deprecation to name the line of the caller.
+  __getattr__ = _functools.partial(getattr, _optax_losses)
 
 from optax_masking.losses._classification import (
   convex_kl_divergence as convex_kl_divergence,
@@ -20,14 +29,7 @@ from optax_masking.losses._regression import (
   cosine_similarity as cosine_similarity,
 )
 
-if _typing.TYPE_CHECKING:
-  from optax.losses import *  # noqa: F403
-
 __all__ = tuple(n for n in dir(_optax_losses) if not n.startswith("_"))
-
-
-def __getattr__(name: str) -> _typing.Any:
-  return getattr(_optax_losses, name)
 
 
 def __dir__() -> list[str]:

@@ -4,13 +4,14 @@ import warnings
 
 import jax
 
+from optax_masking._arguments import Axis, Where
 from optax_masking._masking import masked_inputs
 from optax_masking.fills import below_maximum, class_index
 from optax_masking.losses._original import original
 
 
-# At 0 and 0.5 every term and its derivatives are finite. With a hard label
-# Optax weights a logarithm by 0, with an infinity on the way.
+# At 0 and 0.5 every term and its derivatives are finite. At a hard label, and
+# integer labels know no other, Optax weights an infinity by 0.
 @masked_inputs(logits=0.0, labels=0.5, alpha=0.5, gamma=0.0)
 def sigmoid_focal_loss(
   logits: jax.typing.ArrayLike,
@@ -18,8 +19,8 @@ def sigmoid_focal_loss(
   *,
   alpha: jax.typing.ArrayLike | None = None,
   gamma: jax.typing.ArrayLike = 2.0,
-  axis: int | tuple[int, ...] | None = (),
-  where: jax.typing.ArrayLike | None = None,
+  axis: Axis = (),
+  where: Where = None,
 ) -> jax.Array:
   r"""Computes the focal loss, a cross-entropy that plays down easy elements.
 
@@ -28,8 +29,12 @@ def sigmoid_focal_loss(
   is
 
   .. math::
-    -\alpha_t (1 - p_t)^\gamma \log p_t, \qquad
-    \alpha_t = y \alpha + (1 - y) (1 - \alpha) \,.
+    \alpha_t (1 - p_t)^\gamma
+    \bigl(-y \log p - (1 - y) \log (1 - p)\bigr), \qquad
+    \alpha_t = y \alpha + (1 - y) (1 - \alpha) \,,
+
+  and without :math:`\alpha_t` if ``alpha`` is None. For a label of 0 or 1 this
+  is equation 5 of the reference.
 
   Args:
     logits: Unnormalized log probabilities, of any shape and a floating dtype.
@@ -65,7 +70,7 @@ def sigmoid_focal_loss(
 
   References:
     Lin et al., `Focal Loss for Dense Object Detection
-    <https://arxiv.org/abs/1708.02002>`_, 2017, equation 5.
+    <https://arxiv.org/abs/1708.02002>`_, 2017.
   """
   return original.sigmoid_focal_loss(logits, labels, alpha=alpha, gamma=gamma)
 
@@ -76,8 +81,8 @@ def sigmoid_focal_loss(
 def softmax_cross_entropy(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
-  axis: int | tuple[int, ...] | None = -1,
-  where: jax.typing.ArrayLike | None = None,
+  axis: Axis = -1,
+  where: Where = None,
 ) -> jax.Array:
   r"""Computes the cross-entropy of a softmax and target probabilities.
 
@@ -136,7 +141,7 @@ def softmax_cross_entropy_with_integer_labels(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
   axis: int | tuple[int, ...] = -1,
-  where: jax.typing.ArrayLike | None = None,
+  where: Where = None,
 ) -> jax.Array:
   r"""Computes the cross-entropy of a softmax and integer class labels.
 
@@ -190,12 +195,12 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 # 1 * (log 1 - 0) = 0, with finite derivatives; log 0 would not have them.
-@masked_inputs(log_predictions=0.0, targets=1.0, was_right_aligned=True)
+@masked_inputs(log_predictions=0.0, targets=1.0, refuse_ambiguous_where=True)
 def kl_divergence(
   log_predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
-  axis: int | tuple[int, ...] | None = -1,
-  where: jax.typing.ArrayLike | None = None,
+  axis: Axis = -1,
+  where: Where = None,
 ) -> jax.Array:
   r"""Computes the Kullback-Leibler divergence of predictions from targets.
 
@@ -244,12 +249,12 @@ def kl_divergence(
 
 
 # As for kl_divergence, and exp(0) - 1 = 0.
-@masked_inputs(log_predictions=0.0, targets=1.0, was_right_aligned=True)
+@masked_inputs(log_predictions=0.0, targets=1.0, refuse_ambiguous_where=True)
 def generalized_kl_divergence(
   log_predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
-  axis: int | tuple[int, ...] | None = -1,
-  where: jax.typing.ArrayLike | None = None,
+  axis: Axis = -1,
+  where: Where = None,
 ) -> jax.Array:
   r"""Computes the Kullback-Leibler divergence of unnormalized distributions.
 
@@ -299,8 +304,8 @@ def generalized_kl_divergence(
 def convex_kl_divergence(
   log_predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
-  axis: int | tuple[int, ...] | None = -1,
-  where: jax.typing.ArrayLike | None = None,
+  axis: Axis = -1,
+  where: Where = None,
 ) -> jax.Array:
   """Computes :func:`generalized_kl_divergence`, under its deprecated name.
 

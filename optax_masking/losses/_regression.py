@@ -2,6 +2,7 @@
 
 import jax
 
+from optax_masking._arguments import Axis, Where
 from optax_masking._masking import masked_inputs
 from optax_masking.fills import zero_unless_empty
 from optax_masking.losses._original import original
@@ -11,15 +12,15 @@ from optax_masking.losses._original import original
   predictions=zero_unless_empty,
   targets=zero_unless_empty,
   epsilon=1.0,
-  was_right_aligned=True,
+  refuse_ambiguous_where=True,
 )
 def cosine_similarity(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
   *,
   epsilon: jax.typing.ArrayLike = 0.0,
-  axis: int | tuple[int, ...] | None = -1,
-  where: jax.typing.ArrayLike | None = None,
+  axis: Axis = -1,
+  where: Where = None,
 ) -> jax.Array:
   r"""Computes the cosine of the angle between predictions and targets.
 
@@ -72,15 +73,15 @@ def cosine_similarity(
   predictions=zero_unless_empty,
   targets=zero_unless_empty,
   epsilon=1.0,
-  was_right_aligned=True,
+  refuse_ambiguous_where=True,
 )
 def cosine_distance(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
   *,
   epsilon: jax.typing.ArrayLike = 0.0,
-  axis: int | tuple[int, ...] | None = -1,
-  where: jax.typing.ArrayLike | None = None,
+  axis: Axis = -1,
+  where: Where = None,
 ) -> jax.Array:
   """Computes 1 less the cosine of the angle between predictions and targets.
 
