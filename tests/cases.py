@@ -24,9 +24,9 @@ DTYPES = (
 SHAPE = (4, 5)
 
 
-def tolerance(dtype: str, factor: float = 16.0) -> dict[str, float]:
-  """Room for a few roundings at numbers of the size of the test data."""
-  epsilon = factor * float(jnp.finfo(dtype).eps)
+def tolerance(dtype: str, roundings: float = 16.0) -> dict[str, float]:
+  """Room for some roundings at numbers of the size of the test data."""
+  epsilon = roundings * float(jnp.finfo(dtype).eps)
   return {"rtol": epsilon, "atol": epsilon}
 
 
@@ -34,12 +34,14 @@ def tolerance(dtype: str, factor: float = 16.0) -> dict[str, float]:
 assert_allclose = functools.partial(np.testing.assert_allclose, equal_nan=False)
 
 
-def assert_close(got, expected, dtype: str, message: str = "") -> None:
+def assert_close(
+  got, expected, dtype: str, message: str = "", roundings: float = 16.0
+) -> None:
   """Compares numbers of a dtype, up to some roundings."""
   assert_allclose(
     np.asarray(got, "float64"),
     np.asarray(expected, "float64"),
-    **tolerance(dtype),
+    **tolerance(dtype, roundings),
     err_msg=message,
   )
 

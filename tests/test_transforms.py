@@ -72,6 +72,7 @@ class TransformsTest(parameterized.TestCase):
     """First and second ones, with garbage in what is masked."""
     _, case = name_and_case
     clean = case.arguments(dtype)
+    roundings = 128 if dtype in ("float32", "float64") else 32
     for where in (masks()["random"], ROWS):
       arguments = [
         jnp.where(where, x, jnp.nan) if position in case.floating() else x
@@ -79,7 +80,12 @@ class TransformsTest(parameterized.TestCase):
       ]
       expected = derivatives(case, lambda loss: loss, arguments, where)
       got = derivatives(case, transform, arguments, where)
-      jax.tree.map(lambda a, b: assert_close(a, b, dtype), got, expected)
+      # A second derivative is a difference of larger numbers.
+      jax.tree.map(
+        lambda a, b: assert_close(a, b, dtype, roundings=roundings),
+        got,
+        expected,
+      )
 
   @parameterized.named_parameters(NAMED)
   def test_mask_alone_is_mapped(self, case):
