@@ -138,6 +138,7 @@ def own_class(
   if all(where.shape[a] == 1 for a in axes):
     return where
   index = flat_index(shape, axes)
+  labels = labels.astype(index.dtype)
   classes = math.prod(shape[a] for a in axes)
   named = (index == labels) | (index - classes == labels)  # -1 is the last.
   return ~jnp.any(named & ~where, axes, keepdims=True)

@@ -307,8 +307,9 @@ class DataTest(parameterized.TestCase):
     garbage = second[0].at[2].set(jnp.nan)
     with jax.debug_nans(True):
       assert_equal(case.loss(first, garbage, where=where), expected)
-      for nothing in (float("nan"), np.float64("nan")):
-        assert_equal(case.loss(first, nothing, where=False), 0)
+      if "cosine" not in case.name:  # Optax wants vectors there.
+        for nothing in (float("nan"), np.float64("nan")):
+          assert_equal(case.loss(first, nothing, where=False), 0)
 
   def test_scalars(self):
     """Rank 0: only a scalar mask fits."""

@@ -175,9 +175,11 @@ class LabelsTest(parameterized.TestCase):
       logits, jnp.array([1, 2, 3]), where=where
     )
     for dtype in ("int8", "uint8", "int16", "uint32"):
-      got = optax.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.array([1, 2, 3], dtype), where=where
-      )
+      labels = jnp.array([1, 2, 3], dtype)
+      with jax.numpy_dtype_promotion("strict"):
+        got = optax.softmax_cross_entropy_with_integer_labels(
+          logits, labels, where=where
+        )
       assert_equal(got, expected)
 
 
