@@ -55,8 +55,9 @@ def below_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   # An included logit of +inf is left for the loss to deal with.
   top = jnp.where(top > float(jnp.finfo(top.dtype).max), 0, top)
   # Half precision is computed in float32, as a rule.
-  computed = jnp.finfo(jnp.promote_types(top.dtype, "float32"))
-  underflow = 1.1 * math.log(float(computed.smallest_subnormal))
+  computed = top.dtype if jnp.finfo(top.dtype).bits > 32 else jnp.float32
+  least_positive = float(jnp.finfo(computed).smallest_subnormal)
+  underflow = 1.1 * math.log(least_positive)
   return jnp.where(where, included - top, underflow)
 
 

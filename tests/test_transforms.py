@@ -96,6 +96,16 @@ class TransformsTest(parameterized.TestCase):
     for where, row in zip(wheres, got, strict=True):
       assert_close(row, case.loss(*arguments, where=where), DTYPE)
 
+  @parameterized.product(name_and_case=NAMED, dtype=DTYPES)
+  def test_strict_promotion(self, name_and_case, dtype):
+    """No dtype is promoted that Optax does not promote."""
+    _, case = name_and_case
+    arguments = case.arguments(dtype)
+    for where in (masks()["random"], ROWS):
+      expected = case.loss(*arguments, where=where)
+      with jax.numpy_dtype_promotion("strict"):
+        assert_close(case.loss(*arguments, where=where), expected, dtype)
+
   @parameterized.named_parameters(NAMED)
   def test_explicit_mesh(self, case):
     """Where the type of an array has its sharding, for masks of all kinds."""
