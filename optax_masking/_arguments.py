@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_masking.fills import Array, Axes, flat_index
 
-Axis = int | Sequence[int] | None
+Axis = int | tuple[int, ...] | None
 Where = jax.typing.ArrayLike | Sequence[Any] | None
 Shape = tuple[int, ...]
 
@@ -71,14 +71,14 @@ def canonicalize_where(
       for new_axes in dict.fromkeys((left_aligned, right_aligned))
       if new_axes and fits(new_axes)
     ]
-    accepted = ", ".join(
-      f"have rank {len(target)} and broadcast to {target}"
+    accepted = "".join(
+      f"have rank {len(target)} and broadcast to {target}, or "
       for target in dict.fromkeys((shape, batch))
       if target
     )
     raise ValueError(
       f"`where` has shape {where.shape}, but for data of shape {shape} and the"
-      f" axes {axes} it must {accepted}, or be a scalar."
+      f" axes {axes} it must {accepted}be a scalar."
       + (f" Did you mean {' or '.join(fixes)}?" if fixes else "")
     )
   if (

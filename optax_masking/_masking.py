@@ -28,8 +28,10 @@ for a softmax, `zero_unless_empty` for a norm.
 On the way out, a slice with nothing included is replaced by 0 (clause 4).
 """
 
+import contextlib
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -148,6 +150,7 @@ def masked_inputs(
       name
       for name, parameter in parameters.items()
       if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+      and name not in ("axis", "where")
     ]
     if not fills or not fills.keys() <= set(one_value):
       raise TypeError(
@@ -155,7 +158,7 @@ def masked_inputs(
         " Name a fill for each that is an array."
       )
     for name, fill in fills.items():
-      if not (callable(fill) or isinstance(fill, float | int)):
+      if not (callable(fill) or isinstance(fill, numbers.Real)):
         raise TypeError(f"The fill of `{name}` is no number, but {fill!r}.")
     inner: Callable[..., Any] = accepting_axis_and_where(loss)
     signature = inspect.signature(inner)
@@ -202,7 +205,8 @@ def _masked_call(
 
   def check_without_mask():
     """What a loss refuses without a mask it refuses with one, in its words."""
-    jax.eval_shape(lambda: evaluate(where=None))
+    with contextlib.suppress(jax.errors.ConcretizationTypeError):
+      jax.eval_shape(lambda: evaluate(where=None))
 
   try:
     arrays = _arrays(call, fills)
@@ -238,8 +242,9 @@ def _masked_call(
   reduced = () if elementwise else axes
   expected = tuple(s for a, s in enumerate(shape) if a not in reduced)
   if jnp.shape(result) != expected:
+    written = inspect.unwrap(loss)
     raise ValueError(
-      f"{getattr(loss, '__name__', loss)} returned the shape"
+      f"{getattr(written, '__name__', written)} returned the shape"
       f" {jnp.shape(result)} for data of shape {shape}, not {expected}. A loss"
       " to be masked reduces the `axis` that it declares; without one it"
       " returns a value for each element."

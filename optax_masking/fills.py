@@ -43,22 +43,23 @@ def below_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   are put where an exponential is 0 and no more than that: their log probability
   multiplies the derivatives of the loss. Without the shift no constant would be
   below logits near the least finite number, and at the same time a finite
-  distance below those near the largest.
+  distance below those near the largest. A slice with nothing included keeps its
+  first class, at 0.
   """
-  if all(where.shape[a] == 1 for a in axes) or 0 in jnp.shape(x):
-    return jnp.where(where, x, 0)  # Whole examples: any logits do.
-  # A masked logit must not decide the maximum, nor may an infinite constant: so
-  # it is first replaced by 0 or the least included logit, whichever is lower.
-  least = jnp.min(jnp.where(where, x, 0), axes, keepdims=True)
-  included = jnp.where(where, x, jax.lax.stop_gradient(least))
-  top = jax.lax.stop_gradient(jnp.max(included, axes, keepdims=True))
-  # An included logit of +inf is left for the loss to deal with.
-  top = jnp.where(top > float(jnp.finfo(top.dtype).max), 0, top)
+  dtype = jnp.result_type(x)
   # Half precision is computed in float32, as a rule.
-  computed = top.dtype if jnp.finfo(top.dtype).bits > 32 else jnp.float32
-  least_positive = float(jnp.finfo(computed).smallest_subnormal)
-  underflow = 1.1 * math.log(least_positive)
-  return jnp.where(where, included - top, underflow)
+  computed = dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+  underflow = 1.1 * math.log(float(jnp.finfo(computed).smallest_subnormal))
+  if any(where.shape[a] != 1 for a in axes) and 0 not in jnp.shape(x):
+    # A masked logit must not decide the maximum, nor may an infinite constant:
+    # it is first replaced by 0 or the least included logit, the lower of them.
+    fixed = jax.lax.stop_gradient(jnp.where(where, x, 0))
+    least = jnp.min(fixed, axes, keepdims=True)
+    top = jnp.max(jnp.where(where, fixed, least), axes, keepdims=True)
+    x = jnp.where(where, x, least)
+    # An included logit of +inf is left for the loss to deal with.
+    x = x - jnp.where(top > float(jnp.finfo(dtype).max), 0, top)
+  return _keep_first(jnp.where(where, x, underflow), where, axes, 0.0)
 
 
 def zero_unless_empty(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
@@ -67,10 +68,19 @@ def zero_unless_empty(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   A vector with nothing included becomes the first unit vector, whose norm has
   finite derivatives.
   """
-  shape = jnp.broadcast_shapes(jnp.shape(x), where.shape)
+  return _keep_first(jnp.where(where, x, 0.0), where, axes, 1.0)
+
+
+def _keep_first(
+  filled: jax.Array, where: jax.Array, axes: Axes, value: float
+) -> jax.Array:
+  """Gives an empty slice one element other than the fill.
+
+  One and not all: the sum of many would overflow in half precision.
+  """
   empty = ~jnp.any(where, axes, keepdims=True)
-  first = flat_index(shape, axes) == 0
-  return jnp.where(empty & first, 1.0, jnp.where(where, x, 0.0))
+  first = flat_index(filled.shape, axes) == 0
+  return jnp.where(empty & first, value, filled)
 
 
 def flat_index(shape: tuple[int, ...], axes: Axes) -> jax.Array:

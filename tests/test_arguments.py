@@ -112,7 +112,7 @@ class WhereTest(parameterized.TestCase):
         if case.elementwise
         else (
           "(2,)",
-          ", have rank 2 and broadcast to (4, 3)",
+          ", or have rank 2 and broadcast to (4, 3)",
         )
       )
       message = (
@@ -323,6 +323,8 @@ class DataTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(ValueError, r"`where` has shape \(1,\)"):
       optax.sigmoid_focal_loss(logit, label, where=[True])
+    with self.assertRaisesRegex(ValueError, r"axes \(\) it must be a scalar\."):
+      optax.sigmoid_focal_loss(logit, label, where=[True, False])
 
   @parameterized.named_parameters(NAMED)
   def test_numpy_data(self, case):

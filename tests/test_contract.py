@@ -338,6 +338,9 @@ class CleanArithmeticTest(parameterized.TestCase):
       with jax.debug_nans(True), jax.debug_infs(True):
         case.loss(*arguments, where=where)
         gradient(floats, arguments, where)
+        if not kept.all():  # The tools are on, and look.
+          with self.assertRaises(FloatingPointError):
+            case.original(*arguments)
 
   @parameterized.named_parameters(NAMED)
   def test_checkify(self, case):

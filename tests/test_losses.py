@@ -311,15 +311,26 @@ class ExtremesTest(parameterized.TestCase):
             rtol=1e-6,
           )
 
-  def test_long_empty_vector(self):
-    """The norm of the fill does not overflow in half precision."""
-    x = jnp.ones((1, 2**17), "float16")
-    with jax.debug_nans(True), jax.debug_infs(True):
-      value, gradient = jax.value_and_grad(
-        lambda x: optax.cosine_distance(x, x, where=False).sum()
-      )(x)
-    self.assertEqual(value, 0)
-    assert_equal(gradient, 0)
+  def test_long_empty_slices(self):
+    """No sum over the fill overflows in half precision."""
+    x = jnp.zeros((2, 2**17), "float16").at[:, 0].set(16)
+    nothing = jnp.zeros((2, 1), bool)
+    for where in (nothing, jnp.broadcast_to(nothing, x.shape)):
+      for loss in (
+        optax.cosine_distance,
+        optax.kl_divergence,
+        optax.generalized_kl_divergence,
+        optax.softmax_cross_entropy,
+        lambda x, y, where: optax.softmax_cross_entropy_with_integer_labels(
+          x, jnp.zeros(2, int), where=where
+        ),
+      ):
+        with jax.debug_nans(True), jax.debug_infs(True):
+          value, gradient = jax.value_and_grad(
+            lambda x, loss=loss, where=where: loss(x, x, where=where).sum()
+          )(x)
+        self.assertEqual(value, 0)
+        assert_equal(gradient, 0)
 
 
 class ParametersTest(parameterized.TestCase):

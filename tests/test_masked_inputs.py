@@ -163,10 +163,16 @@ class DecoratorTest(parameterized.TestCase):
     )
 
   def test_fills_are_checked(self):
-    def loss(predictions, *more, **others):
+    def loss(predictions, *more, axis=(), **others):
       raise NotImplementedError
 
-    for fills in ({}, {"target": 0.0}, {"more": 0.0}, {"others": 0.0}):
+    for fills in (
+      {},
+      {"target": 0.0},
+      {"more": 0.0},
+      {"others": 0.0},
+      {"axis": 0.0},
+    ):
       with self.assertRaisesWithLiteralMatch(
         TypeError,
         f"There are fills for {list(fills)}; the parameters are"
@@ -177,6 +183,21 @@ class DecoratorTest(parameterized.TestCase):
       TypeError, "The fill of `predictions` is no number, but None."
     ):
       optax.masked_inputs(predictions=None)(loss)
+
+  def test_loss_that_reads_values(self):
+    """It can't be traced to see whether it broadcasts, and need not be."""
+
+    @optax.masked_inputs(x=0.0, y=0.0)
+    def loss(x, y):
+      if float(jnp.max(y)) > 1e6:
+        raise OverflowError
+      return jnp.abs(x - y)
+
+    assert_equal(
+      loss(X, Y[0], where=WHERE), np.where(WHERE, np.abs(X - Y[0]), 0)
+    )
+    with self.assertRaisesRegex(ValueError, r"`where` has shape \(7,\)"):
+      loss(X, Y, where=np.ones(7, bool))
 
   def test_lists_are_refused(self):
     """Else their garbage would not be masked."""
