@@ -40,16 +40,15 @@ def below_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   """Fills logits that only enter a softmax, which a shift does not change.
 
   Included logits are shifted so that the largest of a slice is 0, masked ones
-  are put where an exponential is 0 and no more than that: their log probability
+  are put where an exponential is 0 and not much lower: their log probability
   multiplies the derivatives of the loss. Without the shift no constant would be
   below logits near the least finite number, and at the same time a finite
   distance below those near the largest. A slice with nothing included keeps its
   first class, at 0.
   """
-  dtype = jnp.result_type(x)
-  # Half precision is computed in float32, as a rule.
-  computed = dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
-  underflow = 1.1 * math.log(float(jnp.finfo(computed).smallest_subnormal))
+  # Half precision is computed in float32, as a rule; in float64 an exponential
+  # of this size is lost next to that of 0.
+  underflow = 1.1 * math.log(float(jnp.finfo("float32").smallest_subnormal))
   if any(where.shape[a] != 1 for a in axes) and 0 not in jnp.shape(x):
     # A masked logit must not decide the maximum, nor may an infinite constant:
     # it is first replaced by 0 or the least included logit, the lower of them.
@@ -58,7 +57,7 @@ def below_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
     top = jnp.max(jnp.where(where, fixed, least), axes, keepdims=True)
     x = jnp.where(where, x, least)
     # An included logit of +inf is left for the loss to deal with.
-    x = x - jnp.where(top > float(jnp.finfo(dtype).max), 0, top)
+    x = x - jnp.where(top > float(jnp.finfo(top.dtype).max), 0, top)
   return _keep_first(jnp.where(where, x, underflow), where, axes, 0.0)
 
 

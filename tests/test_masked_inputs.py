@@ -199,6 +199,43 @@ class DecoratorTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r"`where` has shape \(7,\)"):
       loss(X, Y, where=np.ones(7, bool))
 
+  def test_shapes_that_a_loss_refuses(self):
+    """A fill broadcasts; a loss that does not is asked before."""
+
+    @optax.masked_inputs(x=0.0, y=0.0)
+    def loss(x, y):
+      if x.shape != y.shape:
+        raise ValueError(f"refused: {x.shape} and {y.shape}")
+      return jnp.abs(x - y)
+
+    with self.assertRaisesWithLiteralMatch(
+      ValueError, "refused: (4, 5) and (5,)"
+    ):
+      loss(X, Y[0], where=WHERE)
+
+  def test_labels_of_the_wrong_rank(self):
+    @optax.masked_inputs(scores=0.0, labels=optax.fills.class_index)
+    def loss(scores, labels, axis=-1):
+      return jnp.sum(scores, axis)
+
+    with self.assertRaisesWithLiteralMatch(
+      ValueError,
+      "`labels` has shape (4, 5), but must have the rank of (4, 5) without the"
+      " axes (1,).",
+    ):
+      loss(X, np.ones(X.shape, int), where=WHERE)
+
+  def test_parameters_stay_scalars(self):
+    """A default is not blown up to the size of the data."""
+
+    @optax.masked_inputs(x=0.0, scale=1.0)
+    def loss(x, *, scale=2.0):
+      self.assertIsInstance(scale, float)
+      return scale * x
+
+    assert_equal(loss(X, where=WHERE), np.where(WHERE, 2 * X, 0))
+    assert_equal(loss(X, scale=3.0, where=WHERE), np.where(WHERE, 3 * X, 0))
+
   def test_lists_are_refused(self):
     """Else their garbage would not be masked."""
 
