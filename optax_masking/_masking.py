@@ -172,8 +172,10 @@ def masked_inputs(
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         return _masked_call(inner, call, fills, refuse_ambiguous_where)
+      if not elementwise:
+        return inner(*args, **kwargs)
       axis = axis_of(args, kwargs)
-      if not elementwise or (isinstance(axis, tuple | list) and not axis):
+      if isinstance(axis, tuple | list) and not axis:
         return inner(*args, **kwargs)
       call = signature.bind(*args, **kwargs)
       call.arguments["axis"] = ()

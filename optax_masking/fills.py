@@ -52,10 +52,10 @@ def below_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   if any(where.shape[a] != 1 for a in axes) and 0 not in jnp.shape(x):
     # A masked logit must not decide the maximum, nor may an infinite constant:
     # it is first replaced by 0 or the least included logit, the lower of them.
-    fixed = jax.lax.stop_gradient(jnp.where(where, x, 0))
-    least = jnp.min(fixed, axes, keepdims=True)
-    top = jnp.max(jnp.where(where, fixed, least), axes, keepdims=True)
+    constant = jax.lax.stop_gradient
+    least = jnp.min(constant(jnp.where(where, x, 0)), axes, keepdims=True)
     x = jnp.where(where, x, least)
+    top = jnp.max(constant(x), axes, keepdims=True)
     # An included logit of +inf is left for the loss to deal with.
     x = x - jnp.where(top > float(jnp.finfo(top.dtype).max), 0, top)
   return _keep_first(jnp.where(where, x, underflow), where, axes, 0.0)

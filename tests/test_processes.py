@@ -29,7 +29,6 @@ def run_pytest(*arguments, **environment):
     text=True,
   )
   assert result.returncode == 0, result.stdout
-  return result.stdout
 
 
 @pytest.mark.slow
@@ -44,10 +43,7 @@ def test_float64():
 @pytest.mark.slow
 def test_optax_with_masked_losses():
   """Optax's own tests of its losses, with the masked ones in their place."""
-  output = run_pytest(
-    "-p", "masked_optax", "-W", "ignore", "--pyargs", "optax.losses"
-  )
-  print(output)
+  run_pytest("-p", "masked_optax", "-W", "ignore", "--pyargs", "optax.losses")
 
 
 def test_typed_program():
