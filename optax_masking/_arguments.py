@@ -1,18 +1,46 @@
 """The rules of `axis` and `where`, one for all losses."""
 
+import inspect
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optax_masking.fills import Array, Axes, flat_index
+from optax_masking.fills import (
+  Array,
+  Axes,
+  Fill,
+  PerExample,
+  Shape,
+  select,
+)
 
 Axis = int | tuple[int, ...] | None
 Where = jax.typing.ArrayLike | Sequence[Any] | None
-Shape = tuple[int, ...]
+
+
+def arrays_to_fill(
+  call: inspect.BoundArguments, fills: Mapping[str, Fill]
+) -> dict[str, Any]:
+  """The arguments to fill: a Python scalar too, unless one is the default."""
+  arrays: dict[str, Any] = {}
+  for name in fills:
+    x = call.arguments[name]
+    default = call.signature.parameters[name].default
+    if isinstance(x, Array | np.generic):
+      arrays[name] = x
+    elif hasattr(x, "shape"):
+      arrays[name] = jnp.asarray(x)
+    elif isinstance(x, float | int):
+      if default in (inspect.Parameter.empty, None):
+        arrays[name] = x
+    elif x is not None:
+      raise TypeError(f"`{name}` must be an array, not {type(x).__name__}.")
+  return arrays
 
 
 def canonicalize_axes(axis: Axis, shape: Shape) -> Axes:
@@ -42,10 +70,13 @@ def canonicalize_where(
   refuse_ambiguous: bool,
 ) -> jax.Array:
   """Checks a mask against the shape of the data and gives it the same rank."""
+  fix = "`mask != 0`"
+  if isinstance(where, Sequence):  # Not equal to 0, whatever is in it.
+    fix = "`jnp.asarray(mask) != 0`"
   where = jnp.asarray(where)
   if where.dtype != bool:
     raise TypeError(
-      f"`where` must be boolean, but has dtype {where.dtype}. Pass `mask != 0`."
+      f"`where` must be boolean, but has dtype {where.dtype}. Pass {fix}."
     )
   rank = len(shape)
   if where.ndim == 0:
@@ -116,29 +147,62 @@ def check_axis_of(name: str, x_shape: Shape, shape: Shape, axis: Axis) -> None:
     )
 
 
-def expand_labels(
-  name: str, labels: Array, shape: Shape, axes: Axes
-) -> jax.Array:
-  """Gives integer labels the rank of the data."""
-  if jnp.ndim(labels) != len(shape) - len(axes):
+def shape_of_examples(name: str, x: Any, shape: Shape, axes: Axes) -> Shape:
+  """The shape of an argument with one entry an example, in the data's rank."""
+  given = jnp.shape(x)
+  missing = len(shape) - len(axes) - len(given)
+  if missing < 0:
     raise ValueError(
-      f"`{name}` has shape {jnp.shape(labels)}, but must have the rank of"
-      f" {shape} without the axes {axes}."
+      f"`{name}` has shape {given}, but must have the rank of {shape} without"
+      f" the axes {axes}."
     )
-  return jnp.expand_dims(labels, axes)
+  sizes = iter((1,) * missing + given)
+  return tuple(1 if a in axes else next(sizes) for a in range(len(shape)))
 
 
-def own_class(
-  where: jax.Array, labels: jax.Array, shape: Shape, axes: Axes
+def fill_masked(
+  name: str, x: Any, where: jax.Array, fill: Fill, axes: Axes
 ) -> jax.Array:
-  """Whether the class that an integer label names is included.
+  """Replaces the masked elements of an argument.
 
-  A label that names no class is left for the loss to deal with.
+  The select comes first: any other operation, a conversion even, would be one
+  on garbage.
   """
-  if all(where.shape[a] == 1 for a in axes):
-    return where
-  index = flat_index(shape, axes)
-  labels = labels.astype(index.dtype)
-  classes = math.prod(shape[a] for a in axes)
-  named = (index == labels) | (index - classes == labels)  # -1 is the last.
-  return ~jnp.any(named & ~where, axes, keepdims=True)
+  if isinstance(fill, PerExample):
+    return fill(x, where, axes)
+  if not callable(fill):
+    return select(where, x, fill)
+  dtype = jnp.result_type(x)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f"`{name}` must be floating, but has dtype {dtype}.")
+  # An element that is broadcast along a reduced axis is masked where all that
+  # it meets is masked.
+  shape = (1,) * (where.ndim - jnp.ndim(x)) + jnp.shape(x)
+  broadcast = tuple(a for a in axes if shape[a] == 1 != where.shape[a])
+  if broadcast:
+    where = jnp.any(where, broadcast, keepdims=True)
+  return fill(x, where, axes)
+
+
+def axes_last(axis: Axis, *arrays: Any) -> list[Any]:
+  """Moves axes to the end and flattens them, for a loss that has no `axis`.
+
+  The arrays broadcast; None is passed on.
+  """
+  if axis == -1:
+    return list(arrays)
+  shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in arrays if x is not None))
+  axes = canonicalize_axes(axis, shape)
+  batch = len(shape) - len(axes)
+
+  def moved(x):
+    if x is None:
+      return None
+    x = jnp.expand_dims(x, range(len(shape) - jnp.ndim(x)))
+    if any(x.shape[a] != 1 for a in axes):  # If not, it broadcasts later.
+      sizes = [shape[a] if a in axes else s for a, s in enumerate(x.shape)]
+      x = jnp.broadcast_to(x, sizes)
+    x = jnp.moveaxis(x, axes, range(batch, x.ndim))
+    return jnp.reshape(x, (*x.shape[:batch], math.prod(x.shape[batch:])))
+
+  return [moved(x) for x in arrays]

@@ -31,30 +31,36 @@ On the way out, a slice with nothing included is replaced by 0 (clause 4).
 import contextlib
 import functools
 import inspect
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optax_masking._arguments import (
+  arrays_to_fill,
   canonicalize_axes,
   canonicalize_where,
   check_axis_of,
-  expand_labels,
-  own_class,
+  fill_masked,
+  shape_of_examples,
 )
-from optax_masking._signatures import accepting_axis_and_where, reader
-from optax_masking.fills import Array, Axes, Fill, class_index, select
+from optax_masking._signatures import (
+  accepting_axis_and_where,
+  check_fills,
+  reader,
+)
+from optax_masking.fills import Fill, PerExample, select
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def masked_inputs(
-  *, refuse_ambiguous_where: bool = False, **fills: Fill
+  *,
+  refuse_ambiguous_where: bool = False,
+  reduces_batch: bool = False,
+  **fills: Fill,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
   """Gives a loss NumPy's ``axis`` and ``where``, safe in every derivative.
 
@@ -72,30 +78,39 @@ def masked_inputs(
 
   A loss whose ``axis`` defaults to ``()``, or that has no ``axis``, is
   elementwise: it returns the shape ``S``, and the decorator zeroes what is
-  masked and sums over ``axis``. Any other loss takes ``axis`` and reduces it.
+  masked and sums over ``axis``. Any other loss takes ``axis`` and reduces it,
+  or keeps the shape ``S`` and gets 0 where it is masked.
 
   Args:
     refuse_ambiguous_where: Whether to refuse a ``where`` of lower rank that
       fits the data both as one entry an example and, as NumPy broadcasts,
       aligned to the last axis. For a loss whose callers may mean the latter.
+    reduces_batch: Whether the loss reduces more than ``axis``, such as by a
+      mean over the examples. The decorator then leaves its result alone, and
+      the loss has to use ``where`` for what it counts.
     **fills: For each argument of the loss that is an array, by name, what
       stands in for its masked elements: something that keeps the loss and its
       derivatives finite and, in a loss that reduces ``axis``, adds nothing to
       it. An argument not named keeps its garbage.
 
       * A number. For an argument of integers it is cut off to one.
-      * :func:`optax_masking.fills.class_index` for integer class labels, which
-        have no ``axis``. A masked example gets class 0, and an example whose
-        own class is masked counts as masked.
+      * ``optax_masking.fills.PerExample(number)`` for an argument with one
+        entry an example, so without ``axis``. Two of them mask, too:
+        ``optax_masking.fills.class_index`` is for integer class labels (a
+        masked example gets class 0, and an example whose own class is masked
+        counts as masked), ``optax_masking.fills.paddings`` for indicators that
+        are 1 for an example to mask.
       * For an argument that the loss normalizes along ``axis``, a function
         ``fill(x, where, axes)`` that returns the filled ``x``, such as
-        :func:`optax_masking.fills.below_maximum` for the logits of a softmax
-        and :func:`optax_masking.fills.zero_unless_empty` for what is divided by
+        :func:`optax_masking.fills.below_maximum` for the logits of a softmax,
+        :func:`optax_masking.fills.far_below` for the scores of a maximum and
+        :func:`optax_masking.fills.zero_unless_empty` for what is divided by
         its norm. ``where`` has the rank of ``S``, size 1 along those of
-        ``axes`` where ``x`` has, and ``x`` broadcasts with it.
+        ``axes`` where ``x`` has, and ``x`` broadcasts with it. An ``x`` that
+        broadcasts along ``axis`` is masked where all that it meets is.
 
-      None is passed on as it is and, for a parameter with a default, a Python
-      scalar.
+      None is passed on as it is and, for a parameter whose default is a number,
+      a Python scalar.
 
   Returns:
     A decorator. A loss without ``axis`` or ``where`` in its signature gets them
@@ -145,21 +160,7 @@ def masked_inputs(
   """
 
   def decorate(loss: Callable[P, R]) -> Callable[P, R]:
-    parameters = inspect.signature(loss).parameters
-    one_value = [
-      name
-      for name, parameter in parameters.items()
-      if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-      and name not in ("axis", "where")
-    ]
-    if not fills or not fills.keys() <= set(one_value):
-      raise TypeError(
-        f"There are fills for {list(fills)}; the parameters are {one_value}."
-        " Name a fill for each that is an array."
-      )
-    for name, fill in fills.items():
-      if not (callable(fill) or isinstance(fill, numbers.Real)):
-        raise TypeError(f"The fill of `{name}` is no number, but {fill!r}.")
+    check_fills(loss, fills)
     inner: Callable[..., Any] = accepting_axis_and_where(loss)
     signature = inspect.signature(inner)
     axis_of = reader("axis", signature)
@@ -171,7 +172,9 @@ def masked_inputs(
       if where_of(args, kwargs) is not None:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        return _masked_call(inner, call, fills, refuse_ambiguous_where)
+        return _masked_call(
+          inner, call, fills, refuse_ambiguous_where, reduces_batch
+        )
       if not elementwise:
         return inner(*args, **kwargs)
       axis = axis_of(args, kwargs)
@@ -193,7 +196,8 @@ def _masked_call(
   call: inspect.BoundArguments,
   fills: Mapping[str, Fill],
   refuse_ambiguous_where: bool,
-) -> jax.Array:
+  reduces_batch: bool,
+) -> Any:
   """Calls a loss on filled arguments and zeroes what is masked."""
   given = dict(call.arguments)
   axis = given["axis"]
@@ -211,87 +215,57 @@ def _masked_call(
       jax.eval_shape(lambda: evaluate(where=None))
 
   try:
-    arrays = _arrays(call, fills)
-    labels = {n: x for n, x in arrays.items() if fills[n] is class_index}
-    data = {n: x for n, x in arrays.items() if n not in labels}
+    arrays = arrays_to_fill(call, fills)
+    data = {
+      n: x for n, x in arrays.items() if not isinstance(fills[n], PerExample)
+    }
     shape = jnp.broadcast_shapes(*map(jnp.shape, data.values()))
     axes = canonicalize_axes(axis, shape)
     for name, x in data.items():
       if callable(fills[name]):
         check_axis_of(name, jnp.shape(x), shape, axis)
-    for name, x in labels.items():
-      labels[name] = expand_labels(name, x, shape, axes)
-    shape = jnp.broadcast_shapes(shape, *map(jnp.shape, labels.values()))
+    per_example = {n: x for n, x in arrays.items() if n not in data}
+    shape = jnp.broadcast_shapes(
+      shape,
+      *(shape_of_examples(n, x, shape, axes) for n, x in per_example.items()),
+    )
     where = canonicalize_where(
       given["where"], shape, axes, refuse_ambiguous_where
     )
-    for x in labels.values():
-      where = where & own_class(where, x, shape, axes)
+    for name, x in per_example.items():
+      fill = fills[name]
+      if isinstance(fill, PerExample) and fill.keeps is not None:
+        where = where & fill.keeps(x, where, shape, axes)
     filled = {
-      name: _fill(name, x, where, fills[name], axes)
-      for name, x in (data | labels).items()
+      name: fill_masked(name, x, where, fills[name], axes)
+      for name, x in arrays.items()
     }
-  except (TypeError, ValueError):
+    examples = tuple(s for a, s in enumerate(shape) if a not in axes)
+    if any(
+      getattr(x, "shape", None) != (shape if name in data else examples)
+      for name, x in arrays.items()
+    ):
+      check_without_mask()  # It may not broadcast what a fill has broadcast.
+    result = evaluate(**filled, where=jnp.broadcast_to(where, shape))
+  except Exception:
     try:
       check_without_mask()
     except Exception as refusal:
       raise refusal from None
     raise
-  if len({getattr(x, "shape", None) for x in data.values()} | {shape}) > 1:
-    check_without_mask()  # It may not broadcast what a fill has broadcast.
 
-  result = evaluate(**filled, where=jnp.broadcast_to(where, shape))
-  reduced = () if elementwise else axes
-  expected = tuple(s for a, s in enumerate(shape) if a not in reduced)
-  if jnp.shape(result) != expected:
+  if reduces_batch:
+    return result
+  if jnp.shape(result) == shape:
+    result = select(where, result, 0)
+    return jnp.sum(result, axes) if elementwise and axes else result
+  if elementwise or jnp.shape(result) != examples:
     written = inspect.unwrap(loss)
     raise ValueError(
       f"{getattr(written, '__name__', written)} returned the shape"
-      f" {jnp.shape(result)} for data of shape {shape}, not {expected}. A loss"
-      " to be masked reduces the `axis` that it declares; without one it"
-      " returns a value for each element."
+      f" {jnp.shape(result)} for data of shape {shape}, not"
+      f" {shape if elementwise else examples}. A loss to be masked reduces the"
+      " `axis` that it declares; without one it returns a value for each"
+      " element. One that reduces more needs `reduces_batch=True`."
     )
-  result = select(jnp.any(where, reduced), result, 0)
-  return jnp.sum(result, axes) if elementwise and axes else result
-
-
-def _arrays(
-  call: inspect.BoundArguments, fills: Mapping[str, Fill]
-) -> dict[str, Any]:
-  """The arguments to fill. A Python scalar is data, but not as a parameter."""
-  arrays: dict[str, Any] = {}
-  for name in fills:
-    x = call.arguments[name]
-    default = call.signature.parameters[name].default
-    if isinstance(x, Array | np.generic):
-      arrays[name] = x
-    elif hasattr(x, "shape"):
-      arrays[name] = jnp.asarray(x)
-    elif isinstance(x, float | int):
-      if default is inspect.Parameter.empty:
-        arrays[name] = x
-    elif x is not None:
-      raise TypeError(f"`{name}` must be an array, not {type(x).__name__}.")
-  return arrays
-
-
-def _fill(
-  name: str, x: Any, where: jax.Array, fill: Fill, axes: Axes
-) -> jax.Array:
-  """Replaces the masked elements of an argument.
-
-  The select comes first: any other operation, a conversion even, would be one
-  on garbage.
-  """
-  if not callable(fill):
-    return select(where, x, fill)
-  dtype = jnp.result_type(x)
-  if fill is not class_index and not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(f"`{name}` must be floating, but has dtype {dtype}.")
-  # An element that is broadcast along a reduced axis is masked where all that
-  # it meets is masked.
-  shape = (1,) * (where.ndim - jnp.ndim(x)) + jnp.shape(x)
-  broadcast = tuple(a for a in axes if shape[a] == 1 != where.shape[a])
-  if broadcast:
-    where = jnp.any(where, broadcast, keepdims=True)
-  return fill(x, where, axes)
+  return select(jnp.any(where, axes), result, 0)

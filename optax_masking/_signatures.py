@@ -2,11 +2,31 @@
 
 import functools
 import inspect
+import numbers
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 R = TypeVar("R")
+
+
+def check_fills(loss: Callable[..., Any], fills: Mapping[str, Any]) -> None:
+  """Refuses fills of what the loss has not, and what can't be a fill."""
+  parameters = inspect.signature(loss).parameters
+  one_value = [
+    name
+    for name, parameter in parameters.items()
+    if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    and name not in ("axis", "where")
+  ]
+  if not fills or not fills.keys() <= set(one_value):
+    raise TypeError(
+      f"There are fills for {list(fills)}; the parameters are {one_value}."
+      " Name a fill for each that is an array."
+    )
+  for name, fill in fills.items():
+    if not (callable(fill) or isinstance(fill, numbers.Real)):
+      raise TypeError(f"The fill of `{name}` is no number, but {fill!r}.")
 
 
 def accepting_axis_and_where(loss: Callable[..., R]) -> Callable[..., R]:

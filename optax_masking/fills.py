@@ -1,9 +1,11 @@
 """Neutral fills that no constant can be.
 
-Each is a function of an argument `x`, the mask `where` and the reduced `axes`.
-`where` has the rank of the data, and `x` broadcasts with it.
+Each is called with an argument `x`, the mask `where` and the reduced `axes`.
+`where` has the rank of the data, and `x` broadcasts with it. A `PerExample`,
+`class_index` and `paddings` are for arguments with one entry an example.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["below_maximum", "class_index", "zero_unless_empty"]
+__all__ = [
+  "PerExample",
+  "below_maximum",
+  "class_index",
+  "far_below",
+  "paddings",
+  "zero_unless_empty",
+]
 
 Array = jax.Array | np.ndarray
 Axes = tuple[int, ...]  # Canonical: none negative, none repeated.
+Shape = tuple[int, ...]
 Fill = float | Callable[[Array, jax.Array, Axes], jax.Array]
+
+# An exponential of this size is 0 in float32, in which half precision is
+# computed as a rule; in float64 it is lost next to that of 0.
+_UNDERFLOW = 1.1 * math.log(float(jnp.finfo("float32").smallest_subnormal))
 
 
 def select(where: jax.Array, x: Any, fill: float) -> jax.Array:
@@ -28,16 +42,60 @@ def select(where: jax.Array, x: Any, fill: float) -> jax.Array:
   return jnp.where(where, x, kind(fill))
 
 
-def class_index(labels: Array, where: jax.Array, axes: Axes) -> jax.Array:
-  """Fills integer class labels: a masked example gets class 0.
+@dataclasses.dataclass(frozen=True)
+class PerExample:
+  """Fills an argument that has one entry an example, and none of ``axis``.
 
-  The labels have size 1 along ``axes``, and so has ``where``.
+  Attributes:
+    fill: What stands in for the entry of a masked example.
+    keeps: What the argument itself leaves of the mask, if it masks too: a
+      function ``keeps(x, where, shape, axes)`` that returns where it does, with
+      the rank of ``where``. ``shape`` is that of the data.
   """
-  return jnp.squeeze(select(where, labels, 0), axes)
+
+  fill: float
+  keeps: Callable[[Array, jax.Array, Shape, Axes], jax.Array] | None = None
+
+  def __call__(self, x: Array, where: jax.Array, axes: Axes) -> jax.Array:
+    return select(jnp.any(where, axes), x, self.fill)
 
 
-def below_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
-  """Fills logits that only enter a softmax, which a shift does not change.
+def _expanded(x: Array, shape: Shape, axes: Axes) -> jax.Array:
+  """Gives what has one entry an example the rank of the data."""
+  missing = len(shape) - len(axes) - jnp.ndim(x)
+  return jnp.expand_dims(jnp.expand_dims(x, range(missing)), axes)
+
+
+def _own_class(
+  labels: Array, where: jax.Array, shape: Shape, axes: Axes
+) -> jax.Array:
+  """Whether the class that an integer label names is included.
+
+  A label that names no class is left for the loss to deal with.
+  """
+  if all(where.shape[a] == 1 for a in axes):
+    return where
+  index = flat_index(shape, axes)
+  labels = _expanded(jnp.asarray(labels, index.dtype), shape, axes)
+  classes = math.prod(shape[a] for a in axes)
+  named = (index == labels) | (index - classes == labels)  # -1 is the last.
+  return ~jnp.any(named & ~where, axes, keepdims=True)
+
+
+# Integer class labels: a masked example gets class 0, and an example whose own
+# class is masked counts as masked.
+class_index = PerExample(0, keeps=_own_class)
+
+# Padding indicators: what they mark is masked, too.
+paddings = PerExample(
+  1, keeps=lambda x, where, shape, axes: _expanded(x != 1, shape, axes)
+)
+
+
+def below_maximum(
+  x: Array, where: jax.Array, axes: Axes, *, masked: float = _UNDERFLOW
+) -> jax.Array:
+  """Fills logits that enter a softmax, which a shift does not change.
 
   Included logits are shifted so that the largest of a slice is 0, masked ones
   are put where an exponential is 0 and not much lower: their log probability
@@ -46,19 +104,43 @@ def below_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   distance below those near the largest. A slice with nothing included keeps its
   first class, at 0.
   """
-  # Half precision is computed in float32, as a rule; in float64 an exponential
-  # of this size is lost next to that of 0.
-  underflow = 1.1 * math.log(float(jnp.finfo("float32").smallest_subnormal))
   if any(where.shape[a] != 1 for a in axes) and 0 not in jnp.shape(x):
-    # A masked logit must not decide the maximum, nor may an infinite constant:
-    # it is first replaced by 0 or the least included logit, the lower of them.
-    constant = jax.lax.stop_gradient
-    least = jnp.min(constant(jnp.where(where, x, 0)), axes, keepdims=True)
-    x = jnp.where(where, x, least)
-    top = jnp.max(constant(x), axes, keepdims=True)
+    x = _not_maximum(x, where, axes)
+    top = jnp.max(jax.lax.stop_gradient(x), axes, keepdims=True)
     # An included logit of +inf is left for the loss to deal with.
     x = x - jnp.where(top > float(jnp.finfo(top.dtype).max), 0, top)
-  return _keep_first(jnp.where(where, x, underflow), where, axes, 0.0)
+  return _keep_first(jnp.where(where, x, masked), where, axes, 0.0)
+
+
+def far_below(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
+  """Fills scores that enter a maximum, or a smooth one, without a shift.
+
+  It is for losses that a shift does change, such as by targets that need not
+  add up to 1. Masked scores are put below the largest of a slice by 10,000 (128
+  in float16) and an eighth of its size, which is apart from it at every
+  precision; if the largest is near the least finite number, they are put there.
+  """
+  if 0 in jnp.shape(x):
+    return jnp.asarray(x)
+  info = jnp.finfo(jnp.result_type(x))
+  least = float(info.min)
+  included = jax.lax.stop_gradient(_not_maximum(x, where, axes))
+  top = jnp.max(included, axes, keepdims=True)
+  finite = jnp.clip(top, least / 2, -least)
+  # An eighth is more than bfloat16 rounds off; float16 has no room for 10,000.
+  lower = finite - jnp.abs(finite) / 8 - min(1e4, float(info.max) / 512)
+  lower = jnp.where(top > least / 2, lower, jnp.minimum(top, least))
+  return _keep_first(jnp.where(where, x, lower), where, axes, 0.0)
+
+
+def _not_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
+  """Keeps masked elements from deciding the maximum of a slice.
+
+  Nor may an infinite constant: they are replaced by 0 or the least included
+  element, the lower of them.
+  """
+  included = jax.lax.stop_gradient(jnp.where(where, x, 0))
+  return jnp.where(where, x, jnp.min(included, axes, keepdims=True))
 
 
 def zero_unless_empty(x: Array, where: jax.Array, axes: Axes) -> jax.Array:

@@ -276,7 +276,7 @@ class DecoratorTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (lambda x: jnp.sum(x), r"\(\)", r"\(4, 5\)"),
-    (lambda x, axis=-1: x, r"\(4, 5\)", r"\(4,\)"),
+    (lambda x, axis=-1: x[:3], r"\(3, 5\)", r"\(4,\)"),
     (lambda x, axis=-1: jnp.mean(x), r"\(\)", r"\(4,\)"),
   )
   def test_loss_of_the_wrong_shape(self, loss, got, expected):
@@ -308,6 +308,26 @@ class DecoratorTest(parameterized.TestCase):
     for i, row in enumerate(WHERE):
       expected = negative_entropy(X[i, row]) if row.any() else 0
       assert_allclose(got[i], expected, rtol=1e-5, atol=1e-6)
+
+  def test_paddings(self):
+    """Indicators of padding mask too, of all ranks that broadcast."""
+
+    @optax.masked_inputs(x=0.0, padding=optax.fills.paddings)
+    def total(x, padding, axis=-1):
+      return jnp.sum(x, axis) * (1 - padding)
+
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    for padding in (
+      jnp.array([[0.0, 1, 0], [1, 0, 0]]),
+      jnp.array([0, 1, 0]),
+      jnp.array(1.0),
+    ):
+      padded = jnp.broadcast_to(padding == 1, (2, 3))
+      garbage = jnp.where(padded[..., None], jnp.nan, x)
+      where = jnp.array([[True, True, True], [True, False, True]])
+      for mask in (True, where):
+        got = total(garbage, padding, where=mask)
+        assert_equal(got, jnp.where(padded | ~jnp.array(mask), 0, x.sum(-1)))
 
   def test_partial(self):
     def error(x, y, power):
