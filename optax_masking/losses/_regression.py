@@ -8,6 +8,192 @@ from optax_masking.fills import zero_unless_empty
 from optax_masking.losses._original import original
 
 
+# An error of 0 is 0, with a derivative of 0.
+@masked_inputs(predictions=0.0, targets=0.0)
+def squared_error(
+  predictions: jax.typing.ArrayLike,
+  targets: jax.typing.ArrayLike | None = None,
+  *,
+  axis: Axis = (),
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the square of the difference of predictions and targets.
+
+  For a prediction :math:`x` and a target :math:`y`, :math:`(x - y)^2`.
+
+  Args:
+    predictions: Values of any shape and a floating dtype.
+    targets: Values of the same shape, or None for 0.
+    axis: Axis or axes to sum over, as in :func:`optax_masking.masked_inputs`;
+      none by default.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      masked element is 0 in the output, and does not enter a sum.
+
+  Returns:
+    The losses, with the broadcast shape less ``axis``, in Optax's dtype.
+
+  Raises:
+    TypeError: If the predictions are not floating or ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit, or the
+      targets have another shape than the predictions.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> predictions = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> targets = jnp.array([[0.0, jnp.nan], [1.0, 1.0]])
+    >>> where = ~jnp.isnan(targets)
+    >>> print(optax.squared_error(predictions, targets, where=where))
+    [[1. 0.]
+     [4. 9.]]
+    >>> print(optax.squared_error(predictions, targets, axis=None, where=where))
+    14.0
+
+  References:
+    Hastie et al., `The Elements of Statistical Learning
+    <https://hastie.su.domains/ElemStatLearn/>`_, 2009, section 2.4.
+  """
+  return original.squared_error(predictions, targets)
+
+
+@masked_inputs(predictions=0.0, targets=0.0)
+def l2_loss(
+  predictions: jax.typing.ArrayLike,
+  targets: jax.typing.ArrayLike | None = None,
+  *,
+  axis: Axis = (),
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes half the square of the difference of predictions and targets.
+
+  For a prediction :math:`x` and a target :math:`y`, :math:`(x - y)^2 / 2`.
+
+  Args:
+    predictions: Values of any shape and a floating dtype.
+    targets: Values of the same shape, or None for 0.
+    axis: Axis or axes to sum over, as in :func:`optax_masking.masked_inputs`;
+      none by default.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      masked element is 0 in the output, and does not enter a sum.
+
+  Returns:
+    The losses, with the broadcast shape less ``axis``, in Optax's dtype.
+
+  Raises:
+    TypeError: If the predictions are not floating or ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit, or the
+      targets have another shape than the predictions.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> predictions = jnp.array([1.0, 2.0, 3.0])
+    >>> targets = jnp.array([0.0, jnp.nan, 1.0])
+    >>> print(optax.l2_loss(predictions, targets, where=~jnp.isnan(targets)))
+    [0.5 0.  2. ]
+
+  References:
+    Bishop, `Pattern Recognition and Machine Learning
+    <https://www.microsoft.com/en-us/research/publication/pattern-recognition-machine-learning/>`_,
+    2006, section 1.1.
+  """
+  return original.l2_loss(predictions, targets)
+
+
+# delta is multiplied by an error of 0; at 1 its derivatives are finite.
+@masked_inputs(predictions=0.0, targets=0.0, delta=1.0)
+def huber_loss(
+  predictions: jax.typing.ArrayLike,
+  targets: jax.typing.ArrayLike | None = None,
+  *,
+  delta: jax.typing.ArrayLike = 1.0,
+  axis: Axis = (),
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes a loss quadratic in small errors and linear in large ones.
+
+  For the difference :math:`e` of prediction and target,
+
+  .. math::
+    \frac{e^2}{2} \text{ if } |e| \le \delta, \qquad
+    \delta \Bigl(|e| - \frac{\delta}{2}\Bigr) \text{ otherwise.}
+
+  Args:
+    predictions: Values of any shape and a floating dtype.
+    targets: Values that broadcast with the predictions, or None for 0.
+    delta: Error at which the loss becomes linear, positive; a number or an
+      array that broadcasts with the predictions.
+    axis: Axis or axes to sum over, as in :func:`optax_masking.masked_inputs`;
+      none by default.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      masked element is 0 in the output, and does not enter a sum.
+
+  Returns:
+    The losses, with the broadcast shape less ``axis``, in Optax's dtype.
+
+  Raises:
+    TypeError: If the predictions are not floating or ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> predictions = jnp.array([0.5, 3.0, jnp.inf])
+    >>> where = jnp.array([True, True, False])
+    >>> print(optax.huber_loss(predictions, where=where))
+    [0.125 2.5   0.   ]
+
+  References:
+    Huber, `Robust Estimation of a Location Parameter
+    <https://doi.org/10.1214/aoms/1177703732>`_, 1964.
+  """
+  return original.huber_loss(predictions, targets, delta=delta)
+
+
+@masked_inputs(predictions=0.0, targets=0.0)
+def log_cosh(
+  predictions: jax.typing.ArrayLike,
+  targets: jax.typing.ArrayLike | None = None,
+  *,
+  axis: Axis = (),
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the logarithm of the hyperbolic cosine of the error.
+
+  For the difference :math:`e` of prediction and target, :math:`\log \cosh e`:
+  about :math:`e^2 / 2` if it is small and :math:`|e| - \log 2` if it is large.
+
+  Args:
+    predictions: Values of any shape and a floating dtype.
+    targets: Values that broadcast with the predictions, or None for 0.
+    axis: Axis or axes to sum over, as in :func:`optax_masking.masked_inputs`;
+      none by default.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      masked element is 0 in the output, and does not enter a sum.
+
+  Returns:
+    The losses, with the broadcast shape less ``axis``, in Optax's dtype.
+
+  Raises:
+    TypeError: If the predictions are not floating or ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
+    >>> predictions = jnp.array([0.0, 1.0, jnp.nan])
+    >>> where = jnp.array([True, True, False])
+    >>> print(optax.log_cosh(predictions, where=where))
+    [0.     0.4338 0.    ]
+
+  References:
+    Chen et al., `Log Hyperbolic Cosine Loss Improves Variational Auto-Encoder
+    <https://openreview.net/pdf?id=rkglvsC9Ym>`_, 2019.
+  """
+  return original.log_cosh(predictions, targets)
+
+
 @masked_inputs(
   predictions=zero_unless_empty,
   targets=zero_unless_empty,

@@ -1,0 +1,69 @@
+"""Smoothing of labels."""
+
+import jax
+import jax.numpy as jnp
+
+from optax_masking._arguments import Axis, Where
+from optax_masking._masking import masked_inputs
+from optax_masking.losses._original import original
+
+
+# The formula is of one element and a count; what is masked is zeroed after it.
+@masked_inputs(labels=0.0, alpha=0.5, refuse_ambiguous_where=True)
+def smooth_labels(
+  labels: jax.typing.ArrayLike,
+  alpha: jax.typing.ArrayLike,
+  *,
+  axis: Axis = -1,
+  where: Where = None,
+) -> jax.Array:
+  r"""Mixes labels with the uniform distribution.
+
+  For labels :math:`y` and the included classes :math:`I`, of which there are
+  :math:`|I|`,
+
+  .. math::
+    (1 - \alpha) y_j + \frac{\alpha}{|I|} \,, \qquad j \in I \,.
+
+  Args:
+    labels: Probability of each class, for example one-hot, with shape ``[...,
+      num_classes]`` and a floating dtype.
+    alpha: Weight of the uniform distribution, in [0, 1]; broadcasts to the
+      labels.
+    axis: Class axis or axes, as in :func:`optax_masking.masked_inputs`.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      masked class is 0 in the output, and gets no share of ``alpha``; a mask of
+      shape ``[...]`` removes examples, which are 0 in the output. If the class
+      of a one-hot label is masked, what is left adds up to ``alpha``: mask the
+      example too, if it is not to count.
+
+  Returns:
+    The smoothed labels, with the broadcast shape, in Optax's dtype.
+
+  Raises:
+    TypeError: If the labels are not floating or ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit, or a mask of
+      shape ``[...]`` might as well be one of shape ``[num_classes]``.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
+    >>> labels = jnp.array([[0.0, 1.0, 0.0], [1.0, 0.0, jnp.nan]])
+    >>> where = ~jnp.isnan(labels)
+    >>> print(optax.smooth_labels(labels, 0.3, where=where))
+    [[0.1  0.8  0.1 ]
+     [0.85 0.15 0.  ]]
+
+  References:
+    Müller et al., `When Does Label Smoothing Help?
+    <https://arxiv.org/abs/1906.02629>`_, 2019.
+  """
+  if where is None:
+    return original.smooth_labels(labels, alpha, axis=axis)
+  # Refuses what Optax refuses.
+  jax.eval_shape(lambda: original.smooth_labels(labels, alpha))
+  count = jnp.maximum(jnp.sum(jnp.asarray(where), axis, keepdims=True), 1)
+  share = (1 / count).astype(jnp.result_type(labels))
+  alpha = jnp.asarray(alpha)
+  return (1 - alpha) * labels + alpha * share
