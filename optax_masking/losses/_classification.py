@@ -1,13 +1,207 @@
 """Classification losses."""
 
+import functools
 import warnings
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from optax_masking._arguments import Axis, Where
+from optax_masking._arguments import Axis, Where, axes_last
 from optax_masking._masking import masked_inputs
-from optax_masking.fills import below_maximum, class_index
+from optax_masking.fills import (
+  PerExample,
+  below_maximum,
+  class_index,
+  far_below,
+  paddings,
+)
 from optax_masking.losses._original import original
+
+
+# A logit of 0 is a probability of 1/2, where all derivatives are finite.
+@masked_inputs(logits=0.0, labels=0.0)
+def sigmoid_binary_cross_entropy(
+  logits: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+  *,
+  axis: Axis = (),
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the cross-entropy of independent binary predictions.
+
+  With :math:`p` the sigmoid of a logit and :math:`y` its label,
+
+  .. math::
+    -y \log p - (1 - y) \log (1 - p) \,.
+
+  Args:
+    logits: Unnormalized log probabilities, of any shape and a floating dtype.
+    labels: Labels in {0, 1} or probabilities in [0, 1]; broadcast with the
+      logits.
+    axis: Axis or axes to sum over, as in :func:`optax_masking.masked_inputs`;
+      none by default.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      masked element is 0 in the output, and does not enter a sum.
+
+  Returns:
+    The cross-entropies, with the broadcast shape less ``axis``, in Optax's
+    dtype.
+
+  Raises:
+    TypeError: If the logits are not floating or ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
+    >>> logits = jnp.array([0.0, 2.0, jnp.nan])
+    >>> labels = jnp.array([1, 0, 0])
+    >>> where = jnp.array([True, True, False])
+    >>> print(optax.sigmoid_binary_cross_entropy(logits, labels, where=where))
+    [0.6931 2.1269 0.    ]
+
+  References:
+    Goodfellow et al., `Deep Learning
+    <https://www.deeplearningbook.org/contents/mlp.html>`_, 2016, section
+    6.2.2.2.
+  """
+  return original.sigmoid_binary_cross_entropy(logits, labels)
+
+
+# At a product of 0 the derivatives are the other factor, 0.
+@masked_inputs(predictor_outputs=0.0, targets=0.0)
+def hinge_loss(
+  predictor_outputs: jax.typing.ArrayLike,
+  targets: jax.typing.ArrayLike,
+  *,
+  axis: Axis = (),
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the hinge loss of a binary classifier.
+
+  For an output :math:`x` and a target :math:`y`, :math:`\max(0, 1 - x y)`.
+
+  Args:
+    predictor_outputs: Outputs of the decision function, of any shape.
+    targets: Targets in {-1, 1}; broadcast with the outputs.
+    axis: Axis or axes to sum over, as in :func:`optax_masking.masked_inputs`;
+      none by default.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      masked element is 0 in the output, and does not enter a sum.
+
+  Returns:
+    The losses, with the broadcast shape less ``axis``, in Optax's dtype.
+
+  Raises:
+    TypeError: If ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> outputs = jnp.array([0.5, 0.5, jnp.nan])
+    >>> targets = jnp.array([1, -1, 0])
+    >>> print(optax.hinge_loss(outputs, targets, where=targets != 0))
+    [0.5 1.5 0. ]
+
+  References:
+    Cortes and Vapnik, `Support-Vector Networks
+    <https://doi.org/10.1007/BF00994018>`_, 1995.
+  """
+  return original.hinge_loss(predictor_outputs, targets)
+
+
+# As for hinge_loss.
+@masked_inputs(predictor_outputs=0.0, targets=0.0)
+def perceptron_loss(
+  predictor_outputs: jax.typing.ArrayLike,
+  targets: jax.typing.ArrayLike,
+  *,
+  axis: Axis = (),
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the perceptron loss of a binary classifier.
+
+  For an output :math:`x` and a target :math:`y`, :math:`\max(0, -x y)`.
+
+  Args:
+    predictor_outputs: Outputs of the decision function, of any shape.
+    targets: Targets in {-1, 1}; of the same shape.
+    axis: Axis or axes to sum over, as in :func:`optax_masking.masked_inputs`;
+      none by default.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      masked element is 0 in the output, and does not enter a sum.
+
+  Returns:
+    The losses, with the broadcast shape less ``axis``, in Optax's dtype.
+
+  Raises:
+    TypeError: If ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit, or the
+      shapes of the arguments differ.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> outputs = jnp.array([0.5, 0.5, jnp.nan])
+    >>> targets = jnp.array([1, -1, 0])
+    >>> print(optax.losses.perceptron_loss(
+    ...     outputs, targets, where=targets != 0))
+    [0.  0.5 0. ]
+
+  References:
+    Rosenblatt, `The Perceptron: A Probabilistic Model for Information Storage
+    and Organization in the Brain <https://doi.org/10.1037/h0042519>`_, 1958.
+  """
+  return original.perceptron_loss(predictor_outputs, targets)
+
+
+# Half way up the parabola, where both derivatives are finite.
+@masked_inputs(logits=0.0, labels=0.0)
+def sparsemax_loss(
+  logits: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+  *,
+  axis: Axis = (),
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the sparsemax loss of independent binary predictions.
+
+  With :math:`m` the logit if the label is 0, and minus the logit if it is 1,
+  the loss is 0 for :math:`m \le -1`, :math:`m` for :math:`m \ge 1`, and
+  :math:`(m + 1)^2 / 4` in between.
+
+  Args:
+    logits: Scores, of any shape and a floating dtype.
+    labels: Labels in {0, 1}; broadcast with the logits.
+    axis: Axis or axes to sum over, as in :func:`optax_masking.masked_inputs`;
+      none by default.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      masked element is 0 in the output, and does not enter a sum.
+
+  Returns:
+    The losses, with the broadcast shape less ``axis``, in Optax's dtype.
+
+  Raises:
+    TypeError: If ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> logits = jnp.array([2.0, 0.5, jnp.nan])
+    >>> labels = jnp.array([0, 1, -1])
+    >>> print(optax.losses.sparsemax_loss(logits, labels, where=labels >= 0))
+    [2.     0.0625 0.    ]
+
+  References:
+    Blondel et al., `Learning with Fenchel-Young Losses
+    <https://arxiv.org/abs/1901.02324>`_, 2020, section 4.4.
+  """
+  return original.sparsemax_loss(logits, labels)
 
 
 # At 0 and 0.5 every term and its derivatives are finite. At a hard label, and
@@ -49,7 +243,7 @@ def sigmoid_focal_loss(
       masked element is 0 in the output, and does not enter a sum.
 
   Returns:
-    The losses, with the shape of the logits less ``axis``, in their dtype.
+    The losses, with the broadcast shape less ``axis``, in Optax's dtype.
 
   Raises:
     TypeError: If the logits are not floating or ``where`` is not boolean.
@@ -73,6 +267,59 @@ def sigmoid_focal_loss(
     <https://arxiv.org/abs/1708.02002>`_, 2017.
   """
   return original.sigmoid_focal_loss(logits, labels, alpha=alpha, gamma=gamma)
+
+
+# As for softmax_cross_entropy.
+@masked_inputs(logits=below_maximum, labels=0.0)
+def safe_softmax_cross_entropy(
+  logits: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+  *,
+  axis: Axis = -1,
+  where: Where = None,
+) -> jax.Array:
+  """Computes :func:`softmax_cross_entropy`, with 0 log 0 = 0.
+
+  An included logit of minus infinity whose label is 0 adds 0 to the loss.
+
+  Args:
+    logits: Unnormalized log probabilities, with shape ``[..., num_classes]``
+      and a floating dtype; minus infinity for a class that is impossible.
+    labels: Probability of each class, for example one-hot; broadcasts with the
+      logits.
+    axis: Class axis or axes, as in :func:`optax_masking.masked_inputs`.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      mask of the logits' shape removes classes, from the normalizer and from
+      the sum; a mask of shape ``[...]`` removes examples. An example with no
+      class left has loss 0.
+
+  Returns:
+    The cross-entropies, with shape ``[...]``, in the dtype of the arguments.
+
+  Raises:
+    TypeError: If the logits are not floating or ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
+    >>> logits = jnp.array([[1.0, 2.0, -jnp.inf], [1.0, 2.0, jnp.nan]])
+    >>> labels = jnp.array([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]])
+    >>> print(optax.safe_softmax_cross_entropy(
+    ...     logits, labels, where=~jnp.isnan(logits)))
+    [0.3133 0.8133]
+
+  References:
+    Goodfellow et al., `Deep Learning
+    <https://www.deeplearningbook.org/contents/mlp.html>`_, 2016, section
+    6.2.2.3.
+
+  .. seealso::
+    :func:`softmax_cross_entropy`
+  """
+  logits, labels = axes_last(axis, logits, labels)
+  return original.safe_softmax_cross_entropy(logits, labels)
 
 
 # exp(logit) is 0 and so is its derivative: the class is not in the normalizer.
@@ -194,6 +441,176 @@ def softmax_cross_entropy_with_integer_labels(
   )
 
 
+# What is far below the maximum does not change it, a margin of 1 included.
+@masked_inputs(scores=far_below, labels=class_index)
+def multiclass_hinge_loss(
+  scores: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+  *,
+  axis: Axis = -1,
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the hinge loss of a classifier with several classes.
+
+  For scores :math:`s`, a label :math:`y` and the included classes :math:`I`,
+
+  .. math::
+    \max_{j \in I} \bigl(s_j + [j \ne y]\bigr) - s_y \,.
+
+  Args:
+    scores: Scores of the classes, with shape ``[..., num_classes]`` and a
+      floating dtype.
+    labels: Index of the class of each example, with shape ``[...]`` and an
+      integer dtype. The label of a masked example may be any integer.
+    axis: Class axis or axes, as in :func:`optax_masking.masked_inputs`. With
+      several, a label is a flat index into them, in their order.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      mask of the scores' shape removes classes; a mask of shape ``[...]``
+      removes examples. An example whose own class is masked has loss 0.
+
+  Returns:
+    The losses, with shape ``[...]``, in Optax's dtype.
+
+  Raises:
+    TypeError: If ``where`` is not boolean, or given with scores that are not
+      floating; or as Optax, if the shape of ``labels`` does not fit.
+    ValueError: If ``axis`` or the shape of ``labels`` or ``where`` does not
+      fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> scores = jnp.array([[1.0, 1.5, jnp.nan], [jnp.nan, jnp.nan, jnp.nan]])
+    >>> labels = jnp.array([0, -100])
+    >>> print(optax.losses.multiclass_hinge_loss(
+    ...     scores, labels, where=~jnp.isnan(scores)))
+    [1.5 0. ]
+
+  References:
+    Crammer and Singer, `On the Algorithmic Implementation of Multiclass
+    Kernel-based Vector Machines
+    <https://www.jmlr.org/papers/v2/crammer01a.html>`_, 2001.
+  """
+  (x,) = axes_last(axis, scores)
+  return original.multiclass_hinge_loss(x, labels)
+
+
+# As for multiclass_hinge_loss.
+@masked_inputs(scores=far_below, labels=class_index)
+def multiclass_perceptron_loss(
+  scores: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+  *,
+  axis: Axis = -1,
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the perceptron loss of a classifier with several classes.
+
+  For scores :math:`s`, a label :math:`y` and the included classes :math:`I`,
+  :math:`\max_{j \in I} s_j - s_y`.
+
+  Args:
+    scores: Scores of the classes, with shape ``[..., num_classes]`` and a
+      floating dtype.
+    labels: Index of the class of each example, with shape ``[...]`` and an
+      integer dtype. The label of a masked example may be any integer.
+    axis: Class axis or axes, as in :func:`optax_masking.masked_inputs`. With
+      several, a label is a flat index into them, in their order.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      mask of the scores' shape removes classes; a mask of shape ``[...]``
+      removes examples. An example whose own class is masked has loss 0.
+
+  Returns:
+    The losses, with shape ``[...]``, in Optax's dtype.
+
+  Raises:
+    TypeError: If ``where`` is not boolean, or given with scores that are not
+      floating; or as Optax, if the shape of ``labels`` does not fit.
+    ValueError: If ``axis`` or the shape of ``labels`` or ``where`` does not
+      fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> scores = jnp.array([[1.0, 1.5, jnp.nan], [jnp.nan, jnp.nan, jnp.nan]])
+    >>> labels = jnp.array([0, -100])
+    >>> print(optax.losses.multiclass_perceptron_loss(
+    ...     scores, labels, where=~jnp.isnan(scores)))
+    [0.5 0. ]
+
+  References:
+    Collins, `Discriminative Training Methods for Hidden Markov Models
+    <https://aclanthology.org/W02-1001>`_, 2002.
+  """
+  (x,) = axes_last(axis, scores)
+  return original.multiclass_perceptron_loss(x, labels)
+
+
+# As for softmax_cross_entropy: a label of 0 removes both terms of a class.
+@masked_inputs(
+  logits=below_maximum,
+  labels=0.0,
+  epsilon=PerExample(0.0),
+  refuse_ambiguous_where=True,
+)
+def poly_loss_cross_entropy(
+  logits: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+  *,
+  epsilon: jax.typing.ArrayLike = 2.0,
+  axis: Axis = -1,
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the cross-entropy of a softmax, and a multiple of the error.
+
+  With :math:`p` the softmax of the logits over the included classes :math:`I`
+  and :math:`y` the labels,
+
+  .. math::
+    \sum_{j \in I} y_j \bigl(-\log p_j + \epsilon (1 - p_j)\bigr) \,.
+
+  Args:
+    logits: Unnormalized log probabilities, with shape ``[..., num_classes]``
+      and a floating dtype.
+    labels: Probability of each class, for example one-hot, with a floating
+      dtype; broadcasts with the logits.
+    epsilon: Weight of the second term, a number or an array that broadcasts to
+      the shape ``[...]``. The reference found 2 to be good for classifying
+      images, and -1 for detecting objects.
+    axis: Class axis or axes, as in :func:`optax_masking.masked_inputs`.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      mask of the logits' shape removes classes, from the normalizer and from
+      the sum; a mask of shape ``[...]`` removes examples. An example with no
+      class left has loss 0.
+
+  Returns:
+    The losses, with shape ``[...]``, in the dtype of the arguments.
+
+  Raises:
+    TypeError: If an argument is not floating or ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``epsilon`` or ``where`` does not
+      fit, or a mask of shape ``[...]`` might as well be one of shape
+      ``[num_classes]``.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
+    >>> logits = jnp.array([[0.0, 0.0, jnp.nan], [1.0, 2.0, 3.0]])
+    >>> labels = jnp.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> print(optax.losses.poly_loss_cross_entropy(  # log 2 + 2 (1 - 1/2)
+    ...     logits, labels, where=~jnp.isnan(logits)))
+    [1.6931 1.0771]
+
+  References:
+    Leng et al., `PolyLoss: A Polynomial Expansion Perspective of Classification
+    Loss Functions <https://arxiv.org/abs/2204.12511>`_, 2022.
+  """
+  return original.poly_loss_cross_entropy(
+    logits, labels, epsilon=epsilon, axis=axis
+  )
+
+
 # 1 * (log 1 - 0) = 0, with finite derivatives; log 0 would not have them.
 @masked_inputs(log_predictions=0.0, targets=1.0, refuse_ambiguous_where=True)
 def kl_divergence(
@@ -246,6 +663,57 @@ def kl_divergence(
     <https://www.jstor.org/stable/2236703>`_, 1951.
   """
   return original.kl_divergence(log_predictions, targets, axis=axis)
+
+
+# exp(0) * (0 - 0) = 0.
+@masked_inputs(
+  log_predictions=0.0, log_targets=0.0, refuse_ambiguous_where=True
+)
+def kl_divergence_with_log_targets(
+  log_predictions: jax.typing.ArrayLike,
+  log_targets: jax.typing.ArrayLike,
+  axis: Axis = -1,
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes :func:`kl_divergence` from the logarithms of the targets.
+
+  For log predictions :math:`l`, log targets :math:`m` and the included entries
+  :math:`I`,
+
+  .. math::
+    \sum_{j \in I} \exp(m_j) (m_j - l_j) \,.
+
+  Args:
+    log_predictions: As in :func:`kl_divergence`.
+    log_targets: Logarithms of the target probabilities, finite, with a floating
+      dtype; broadcast with ``log_predictions``.
+    axis: As in :func:`kl_divergence`.
+    where: As in :func:`kl_divergence`.
+
+  Returns:
+    The divergences, with shape ``[...]``, in the dtype of the arguments.
+
+  Raises:
+    TypeError: As in :func:`kl_divergence`.
+    ValueError: As in :func:`kl_divergence`.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> log_predictions = jnp.log(jnp.array([0.5, 0.5, 0.0]))
+    >>> log_targets = jnp.log(jnp.array([0.25, 0.75, 0.0]))
+    >>> loss = optax.losses.kl_divergence_with_log_targets(
+    ...     log_predictions, log_targets, where=[True, True, False])
+    >>> print(f"{loss:.4f}")
+    0.1308
+
+  References:
+    Kullback and Leibler, `On Information and Sufficiency
+    <https://www.jstor.org/stable/2236703>`_, 1951.
+  """
+  return original.kl_divergence_with_log_targets(
+    log_predictions, log_targets, axis=axis
+  )
 
 
 # As for kl_divergence, and exp(0) - 1 = 0.
@@ -336,3 +804,247 @@ def convex_kl_divergence(
   return generalized_kl_divergence(
     log_predictions, targets, axis=axis, where=where
   )
+
+
+# A masked class is as good as impossible: its log probability is the default of
+# `log_epsilon`. It has no derivative, so that its size does no harm.
+@masked_inputs(
+  logits=lambda x, where, axes: below_maximum(
+    x, where, axes, masked=max(-1e5, float(jnp.finfo(x.dtype).min) / 2)
+  ),
+  logit_paddings=paddings,
+  reduces_batch=True,
+)
+def ctc_loss_with_forward_probs(
+  logits: jax.typing.ArrayLike,
+  logit_paddings: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+  label_paddings: jax.typing.ArrayLike,
+  *,
+  blank_id: int = 0,
+  log_epsilon: jax.typing.ArrayLike = -1e5,
+  axis: Axis = -1,
+  where: Where = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  r"""Computes :func:`ctc_loss`, and the forward probabilities.
+
+  The forward probability of frame :math:`t` and position :math:`n` is that of
+  all alignments of the frames up to :math:`t` with the labels before :math:`n`
+  that end in a blank, or with those up to :math:`n` that end in label
+  :math:`n`.
+
+  Args:
+    logits: As in :func:`ctc_loss`.
+    logit_paddings: As in :func:`ctc_loss`.
+    labels: As in :func:`ctc_loss`.
+    label_paddings: As in :func:`ctc_loss`.
+    blank_id: As in :func:`ctc_loss`.
+    log_epsilon: As in :func:`ctc_loss`.
+    axis: As in :func:`ctc_loss`.
+    where: As in :func:`ctc_loss`.
+
+  Returns:
+    The losses, with shape ``[B]``; the logarithms of the forward probabilities
+    that end in a blank, with shape ``[T, B, N + 1]``; and of those that end in
+    a label, with shape ``[T, B, N]``. At an excluded frame they are those of
+    the frame before. In the last frame the former count, as in Optax, also the
+    alignments that end in the label before.
+
+  Raises:
+    TypeError: As in :func:`ctc_loss`.
+    ValueError: As in :func:`ctc_loss`.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
+    >>> logits = jnp.array([[[0.0, 0.0], [jnp.nan, jnp.nan], [0.0, 0.0]]])
+    >>> loss, blank, label = optax.ctc_loss_with_forward_probs(
+    ...     logits, jnp.array([[0, 1, 0]]), jnp.array([[1]]), jnp.array([[0]]),
+    ...     where=True)
+    >>> print(loss)  # Of the 4 paths of 2 frames, 3 are of one label.
+    [0.2877]
+    >>> print(jnp.exp(label[:, 0, 0]))  # 1/2, then 1/2 from 3 quarters.
+    [0.5 0.5 0.5]
+
+  References:
+    Graves et al., `Connectionist Temporal Classification: Labelling Unsegmented
+    Sequence Data with Recurrent Neural Networks
+    <https://doi.org/10.1145/1143844.1143891>`_, 2006.
+  """
+  x, mask = axes_last(axis, logits, where)
+  loss = functools.partial(
+    original.ctc_loss_with_forward_probs,
+    x,
+    logit_paddings,
+    blank_id=blank_id,
+    log_epsilon=log_epsilon,
+  )
+  if where is None:
+    return loss(labels, label_paddings)
+  padding = jnp.asarray(label_paddings) == 1
+  # Optax compares the last label with the padding after it, and a label is
+  # never a blank.
+  labels = jnp.where(padding, blank_id, labels)
+  losses, *log_probs = loss(labels, label_paddings)
+  # A label whose class is masked in all frames leaves the sequence no target.
+  named = jax.nn.one_hot(labels, x.shape[-1], dtype=bool)
+  lost = named & ~jnp.any(mask, 1)[:, None] & ~padding[..., None]
+  included = jnp.any(mask, (1, 2)) & ~jnp.any(lost, (1, 2))
+  return jnp.where(included, losses, 0.0), *log_probs
+
+
+def ctc_loss(
+  logits: jax.typing.ArrayLike,
+  logit_paddings: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+  label_paddings: jax.typing.ArrayLike,
+  *,
+  blank_id: int = 0,
+  log_epsilon: jax.typing.ArrayLike = -1e5,
+  axis: Axis = -1,
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the loss of connectionist temporal classification.
+
+  It is minus the logarithm of the probability of a sequence of labels, summed
+  over all its alignments with the frames: paths of one class a frame that give
+  the labels when repetitions are merged and blanks are dropped. With :math:`p`
+  the softmax of the logits of a frame over its included classes, and the
+  included frames :math:`t`,
+
+  .. math::
+    -\log \sum_{\pi} \prod_t p_{t, \pi_t} \,.
+
+  Args:
+    logits: Unnormalized log probabilities of the classes, the blank among them,
+      with shape ``[B, T, K]`` and a floating dtype.
+    logit_paddings: 1 for a frame of padding and else 0, with shape ``[B, T]``.
+      With a ``where`` such a frame may hold anything; without one the program
+      is Optax's, and NaN in it is NaN in the loss. ``where=True`` asks for
+      this protection alone.
+    labels: Indices of classes, with shape ``[B, N]`` and an integer dtype. With
+      a ``where`` a label of padding may be any integer.
+    label_paddings: 1 for a label of padding and else 0, with shape ``[B, N]``.
+      Padding is at the end.
+    blank_id: Index of the blank, a class that is never a label.
+    log_epsilon: Stands for the logarithm of 0. The loss of a sequence whose
+      labels have no alignment, such as one with more labels than frames, is
+      about its negative; masked classes have a log probability of -1e5. Mask
+      such a sequence, if it is not to count.
+    axis: Class axis or axes, as in :func:`optax_masking.masked_inputs`.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      mask of shape ``[B, T]`` removes frames as padding does, one of shape
+      ``[B, T, K]`` also classes from frames. A sequence with nothing left, if
+      only for its paddings, has loss 0, and so has one with a label that is
+      left in no frame.
+
+  Returns:
+    The losses, with shape ``[B]``.
+
+  Raises:
+    TypeError: If ``where`` is not boolean, or given with logits that are not
+      floating.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit, or the
+      shapes of the other arguments do not.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
+    >>> logits = jnp.array([[[0.0, 0.0], [jnp.nan, jnp.nan], [0.0, 0.0]]])
+    >>> loss = optax.ctc_loss(
+    ...     logits, jnp.zeros((1, 3)), jnp.array([[1]]), jnp.array([[0]]),
+    ...     where=jnp.array([[True, False, True]]))
+    >>> print(loss)  # Of the 4 paths of 2 frames, 3 are of one label.
+    [0.2877]
+
+  References:
+    Graves et al., `Connectionist Temporal Classification: Labelling Unsegmented
+    Sequence Data with Recurrent Neural Networks
+    <https://doi.org/10.1145/1143844.1143891>`_, 2006.
+  """
+  losses, *_ = ctc_loss_with_forward_probs(
+    logits,
+    logit_paddings,
+    labels,
+    label_paddings,
+    blank_id=blank_id,
+    log_epsilon=log_epsilon,
+    axis=axis,
+    where=where,
+  )
+  return losses
+
+
+# A score that is 1 below the maximum is outside of the support. A sum over many
+# of them needs the digits of float32, which is the dtype of the result anyway.
+@masked_inputs(
+  scores=functools.partial(below_maximum, masked=-2.0), labels=class_index
+)
+def multiclass_sparsemax_loss(
+  scores: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+  *,
+  axis: Axis = -1,
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the sparsemax loss of a classifier with several classes.
+
+  With :math:`p` the projection of the scores :math:`s` of the included classes
+  onto the probability simplex and a label :math:`y`,
+
+  .. math::
+    \sum_{j} p_j (s_j - s_y) + \frac{1}{2} \Bigl(1 - \sum_j p_j^2\Bigr) \,.
+
+  Args:
+    scores: Scores of the classes, with shape ``[..., num_classes]`` and a
+      floating dtype.
+    labels: Index of the class of each example, with shape ``[...]`` and an
+      integer dtype. The label of a masked example may be any integer.
+    axis: Class axis or axes, as in :func:`optax_masking.masked_inputs`. With
+      several, a label is a flat index into them, in their order.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      mask of the scores' shape removes classes; a mask of shape ``[...]``
+      removes examples. An example whose own class is masked has loss 0.
+
+  Returns:
+    The losses, with shape ``[...]``, in Optax's dtype.
+
+  Raises:
+    TypeError: If ``where`` is not boolean, or given with scores that are not
+      floating; or as Optax, if the shape of ``labels`` does not fit.
+    ValueError: If ``axis`` or the shape of ``labels`` or ``where`` does not
+      fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> scores = jnp.array([[1.0, 1.5, jnp.nan], [jnp.nan, jnp.nan, jnp.nan]])
+    >>> labels = jnp.array([0, -100])
+    >>> print(optax.losses.multiclass_sparsemax_loss(
+    ...     scores, labels, where=~jnp.isnan(scores)))
+    [0.5625 0.    ]
+
+  References:
+    Martins and Astudillo, `From Softmax to Sparsemax: A Sparse Model of
+    Attention and Multi-Label Classification
+    <https://arxiv.org/abs/1602.02068>`_, 2016.
+  """
+  (x,) = axes_last(axis, scores)
+  if where is not None:
+    x = x.astype(jnp.promote_types(x.dtype, "float32"))
+  return _batched(original.multiclass_sparsemax_loss, x, labels)
+
+
+def _batched(
+  loss: Callable[..., jax.Array],
+  scores: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+) -> jax.Array:
+  """Calls a loss that takes one axis of examples with any number of them."""
+  if np.ndim(scores) == 1:
+    return loss(jnp.expand_dims(scores, 0), jnp.expand_dims(labels, 0))[0]
+  for _ in range(np.ndim(scores) - 2):
+    loss = jax.vmap(loss)
+  return loss(scores, labels)
