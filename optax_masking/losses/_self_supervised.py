@@ -1,0 +1,200 @@
+"""Self-supervised losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_masking._arguments import (
+  Axis,
+  Where,
+  axes_last,
+  canonicalize_axes,
+)
+from optax_masking._masking import masked_inputs
+from optax_masking.fills import PerExample, far_below, select
+from optax_masking.losses._original import original
+
+
+# 0 adds nothing to a product or a norm, and Optax keeps norms from being 0.
+@masked_inputs(embeddings=0.0, labels=PerExample(0), reduces_batch=True)
+def ntxent(
+  embeddings: jax.typing.ArrayLike,
+  labels: jax.typing.ArrayLike,
+  temperature: jax.typing.ArrayLike = 0.07,
+  *,
+  axis: Axis = -1,
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes the normalized temperature-scaled cross-entropy of a batch.
+
+  A positive pair is one of two embeddings of the same label, a negative pair
+  one of different labels. With :math:`x_{ij}` their cosine similarity divided
+  by the temperature, the loss is the mean over the positive pairs of
+
+  .. math::
+    -\log \frac{\exp x_{ij}}{\exp x_{ij} + \sum_{k \in N_i} \exp x_{ik}} \,,
+
+  where :math:`N_i` are those that form a negative pair with :math:`i`.
+
+  Args:
+    embeddings: Vectors, with shape ``[batch, dim]`` and a floating dtype.
+    labels: Group of each embedding, with shape ``[batch]``.
+    temperature: Divides the similarities, positive.
+    axis: Feature axis or axes, as in :func:`optax_masking.masked_inputs`; one
+      axis has to be left.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      mask of shape ``[batch]`` gives the loss of the embeddings that are left,
+      one of shape ``[batch, dim]`` also removes entries of vectors. If no
+      positive pair is left the loss is 0.
+
+  Returns:
+    The loss, a scalar, in the dtype of the embeddings.
+
+  Raises:
+    TypeError: If the embeddings are not floating or ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit, or the
+      embeddings and the labels are not as many.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> embeddings = jnp.array([[1.0, 0], [2, 0], [0, 1], [jnp.nan, jnp.nan]])
+    >>> labels = jnp.array([0, 0, 1, 1])
+    >>> where = jnp.array([True, True, True, False])
+    >>> loss = optax.ntxent(embeddings, labels, 1.0, where=where)
+    >>> print(f"{loss:.4f}")  # log(1 + exp(0) / exp(1))
+    0.3133
+
+  References:
+    Chen et al., `A Simple Framework for Contrastive Learning of Visual
+    Representations <https://arxiv.org/abs/2002.05709>`_, 2020.
+  """
+  vectors, mask = axes_last(axis, embeddings, where)
+  if where is None:
+    return original.ntxent(vectors, labels, temperature)
+  if vectors.ndim != 2:
+    raise ValueError(
+      f"`embeddings` must have one axis besides the feature axes {axis}, but"
+      f" have shape {vectors.shape} with these at the end."
+    )
+  x = original.cosine_similarity(
+    vectors[None], vectors[:, None], epsilon=jnp.finfo(vectors.dtype).eps
+  )
+  x = x / temperature
+  included = jnp.any(mask, -1)
+  pairs = included[:, None] & included & ~jnp.eye(len(x), dtype=bool)
+  same = jnp.expand_dims(labels, 1) == jnp.asarray(labels)
+  positive, negative = pairs & same, pairs & ~same
+  any_negative = jnp.any(negative, -1, keepdims=True)
+  logs = jax.nn.logsumexp(far_below(x, negative, (1,)), -1, keepdims=True)
+  # Without a negative pair it is the logarithm of x over x, NaN if x is.
+  losses = jnp.where(any_negative, jax.nn.softplus(logs - x), x - x)
+  losses = select(positive, losses, 0)
+  return jnp.sum(losses) / jnp.maximum(jnp.sum(positive), 1)
+
+
+def triplet_margin_loss(
+  anchors: jax.typing.ArrayLike,
+  positives: jax.typing.ArrayLike,
+  negatives: jax.typing.ArrayLike,
+  axis: Axis = -1,
+  norm_degree: jax.typing.ArrayLike = 2,
+  margin: jax.typing.ArrayLike = 1.0,
+  eps: jax.typing.ArrayLike = 1e-6,
+  *,
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes how much closer negatives are to anchors than they should be.
+
+  For an anchor :math:`a`, a positive :math:`p`, a negative :math:`n` and the
+  included entries :math:`I`,
+
+  .. math::
+    \max\bigl(d(a, p) - d(a, n) + \text{margin}, 0\bigr), \qquad
+    d(a, b) = \Bigl(\sum_{j \in I} (a_j - b_j)^k + \epsilon\Bigr)^{1 / k} \,.
+
+  Args:
+    anchors: Vectors, with shape ``[..., dim]`` and a floating dtype.
+    positives: Vectors to be near the anchors, with a floating dtype; broadcast
+      with them.
+    negatives: Vectors to be far from the anchors, with a floating dtype;
+      broadcast with them. With a mask all three must have the same size along
+      ``axis``.
+    axis: Axis or axes of the vectors, as in
+      :func:`optax_masking.masked_inputs`.
+    norm_degree: Exponent :math:`k` of the norm, an even number: no absolute
+      value is taken.
+    margin: By how much a negative should be farther away; a number or an array
+      that broadcasts to the shape ``[...]``.
+    eps: Keeps the derivative of the norm finite; a number or an array, as
+      ``margin``.
+    where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
+      mask of the data's shape removes entries of the vectors; a mask of shape
+      ``[...]`` removes examples. An example with nothing left has loss 0.
+
+  Returns:
+    The losses, with shape ``[...]``, in the dtype of the arguments.
+
+  Raises:
+    TypeError: If a vector is not floating or ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit, or the sizes
+      along ``axis`` differ and there is a mask.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
+    >>> anchors = jnp.array([[0.0, 0.0, jnp.nan], [0.0, 0.0, 0.0]])
+    >>> positives = jnp.array([[0.0, 2.0, jnp.nan], [1.0, 1.0, 1.0]])
+    >>> negatives = jnp.array([[3.0, 4.0, 0.0], [1.0, 1.0, 1.0]])
+    >>> where = jnp.array([[True, True, False], [False, False, False]])
+    >>> print(optax.losses.triplet_margin_loss(  # 2 - 5 + 4
+    ...     anchors, positives, negatives, margin=4.0, where=where))
+    [1. 0.]
+
+  References:
+    Balntas et al., `Learning Shallow Convolutional Feature Descriptors with
+    Triplet Losses
+    <https://bmva-archive.org.uk/bmvc/2016/papers/paper119/index.html>`_, 2016.
+  """
+  if where is not None:
+    _check_sizes(anchors, positives, negatives, axis)
+  return _triplet_margin_loss(
+    anchors, positives, negatives, axis, norm_degree, margin, eps, where=where
+  )
+
+
+# A difference of 0 adds nothing to a norm.
+@masked_inputs(
+  anchors=0.0, positives=0.0, negatives=0.0, margin=PerExample(1.0)
+)
+def _triplet_margin_loss(
+  anchors, positives, negatives, axis, norm_degree, margin, eps, *, where
+):
+  if where is not None:
+    # At an empty slice, and `eps` of 0, the derivative of a norm is infinite.
+    eps = select(jnp.any(where, axis), eps, 1)
+  return original.triplet_margin_loss(
+    anchors, positives, negatives, axis, norm_degree, margin, eps
+  )
+
+
+def _check_sizes(anchors, positives, negatives, axis):
+  """Refuses vectors that broadcast along the axis.
+
+  Optax adds up each distance over its own entries, a mask has those of all.
+  """
+  shapes = [np.shape(x) for x in (anchors, positives, negatives)]
+  try:
+    shape = jnp.broadcast_shapes(*shapes)
+    axes = canonicalize_axes(axis, shape)
+  except (TypeError, ValueError):
+    return  # Optax has a message for that.
+  for given in shapes:
+    padded = (1,) * (len(shape) - len(given)) + given
+    if any(padded[a] != shape[a] for a in axes):
+      raise ValueError(
+        "With a mask `anchors`, `positives` and `negatives` must have the same"
+        f" size along the axes {axes}, but their shapes are {shapes}. Broadcast"
+        " them."
+      )
