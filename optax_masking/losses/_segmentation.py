@@ -1,0 +1,356 @@
+"""Segmentation losses."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from optax_masking._arguments import (
+  Axis,
+  Where,
+  canonicalize_axes,
+  canonicalize_where,
+)
+from optax_masking.fills import below_maximum, select
+from optax_masking.losses._original import original
+
+
+def dice_loss(
+  predictions: jax.typing.ArrayLike,
+  targets: jax.typing.ArrayLike,
+  *,
+  class_weights: jax.typing.ArrayLike | None = None,
+  smooth: jax.typing.ArrayLike = 1.0,
+  alpha: jax.typing.ArrayLike = 0.5,
+  beta: jax.typing.ArrayLike = 0.5,
+  apply_softmax: bool = True,
+  reduction: str = "mean",
+  ignore_background: bool = False,
+  axis: Axis = None,
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes how little predicted and true segments overlap.
+
+  For a class with predicted probabilities :math:`p_i` and targets :math:`t_i`
+  of the included pixels :math:`i`, with :math:`I = \sum_i p_i t_i` the
+  intersection and :math:`s` the smoothing,
+
+  .. math::
+    1 - \frac{I + s}{I + \alpha \bigl(\sum_i p_i - I\bigr)
+    + \beta \bigl(\sum_i t_i - I\bigr) + s} \,.
+
+  With :math:`\alpha = \beta = 1/2` it is 1 less the Dice coefficient, with
+  others 1 less the Tversky index.
+
+  Args:
+    predictions: Logits, with shape ``[batch, ..., num_classes]`` and a floating
+      dtype. If there is one class, or no class axis where the targets have one,
+      the probability is the sigmoid of a logit, and else the softmax.
+    targets: Probability of each class, for example one-hot, with the same
+      shape.
+    class_weights: Weights of the classes, with shape ``[num_classes]``, or
+      None.
+    smooth: Keeps the quotient of small segments from being noise.
+    alpha: Weight of what is predicted and not true.
+    beta: Weight of what is true and not predicted.
+    apply_softmax: False if the predictions are probabilities. These must add up
+      to 1 for each pixel. Optax's check of that can't be compiled; with a mask,
+      such as ``where=True``, values that ``jit`` traces are not checked, nor
+      pixels of which a class is masked, nor a single class.
+    reduction: ``"mean"`` or ``"sum"`` over the classes, or ``"none"``. The mean
+      is over the classes of which something is included.
+    ignore_background: Whether to leave out the first class, if there are more.
+    axis: Axis or axes of the pixels, of the predictions with their class axis;
+      None for all but the first and the last.
+    where: Elements to include, boolean: a mask of the shape of the pixels, so
+      of the predictions' without the class axis, one of the predictions' shape,
+      or what broadcasts to them with their rank, or a scalar. A masked pixel is
+      in no sum. A masked class of a pixel is in none either, and not in the
+      pixel's softmax.
+
+  Returns:
+    The losses, with shape ``[batch]``, and ``[batch, num_classes]`` without a
+    reduction, in the dtype of the arguments; 0 where nothing is included.
+
+  Raises:
+    TypeError: If ``where`` is not boolean.
+    ValueError: If ``axis`` or the shape of ``where`` does not fit, the shapes
+      of the arguments differ, ``reduction`` is unknown, or the predictions are
+      not probabilities and are said to be.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
+    >>> predictions = jnp.array([[[1.0, 0.0], [0.0, 1.0], [jnp.nan, jnp.nan]]])
+    >>> targets = jnp.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]])
+    >>> where = jnp.array([[True, True, False]])
+    >>> print(optax.losses.dice_loss(  # 1 - 2 / (2 + 1/2), 1 - 1 / (1 + 1/2)
+    ...     predictions, targets, apply_softmax=False, reduction="none",
+    ...     where=where))
+    [[0.2    0.3333]]
+
+  References:
+    Milletari et al., `V-Net: Fully Convolutional Neural Networks for Volumetric
+    Medical Image Segmentation <https://arxiv.org/abs/1606.04797>`_, 2016, and
+    Salehi et al., `Tversky Loss Function for Image Segmentation Using 3D Fully
+    Convolutional Deep Networks <https://arxiv.org/abs/1706.05721>`_, 2017.
+  """
+  loss = functools.partial(
+    original.dice_loss,
+    class_weights=class_weights,
+    smooth=smooth,
+    alpha=alpha,
+    beta=beta,
+    reduction=reduction,
+    ignore_background=ignore_background,
+    axis=axis,
+  )
+  if where is None:
+    return loss(predictions, targets, apply_softmax=apply_softmax)
+  # Refuses what Optax refuses.
+  jax.eval_shape(lambda: loss(predictions, targets))
+  p, t, mask = _masked_pixels(predictions, targets, where, apply_softmax)
+  losses, included = _losses_of_classes(
+    p, t, mask, axis, smooth, alpha, beta, class_weights, ignore_background
+  )
+  if reduction == "none":
+    return losses
+  total = jnp.sum(losses, -1)
+  if reduction == "sum":
+    return total
+  return total / _count(included, -1, total.dtype)
+
+
+def _masked_pixels(predictions, targets, where, apply_softmax, channel=False):
+  """Probabilities and targets that are 0 where masked, and the full mask.
+
+  With `channel` an axis for the one class is to be added to both.
+  """
+  shape = max(jnp.shape(predictions), jnp.shape(targets), key=len)
+  shape = (*shape, 1) if channel else shape
+  classes = (len(shape) - 1,)
+  where = canonicalize_where(where, shape, classes, refuse_ambiguous=False)
+
+  def masked(x):
+    if jnp.ndim(x) == len(shape):
+      return select(where, x, 0)
+    return jnp.expand_dims(select(jnp.squeeze(where, -1), x, 0), -1)
+
+  if not apply_softmax:
+    probabilities = masked(predictions)
+    with contextlib.suppress(jax.errors.ConcretizationTypeError):
+      _check_probabilities(jax.lax.stop_gradient(probabilities), where)
+  elif shape[-1] == 1:
+    probabilities = select(where, jax.nn.sigmoid(masked(predictions)), 0)
+  else:
+    if not jnp.issubdtype(jnp.result_type(predictions), jnp.floating):
+      predictions = jnp.asarray(predictions, float)
+    probabilities = jax.nn.softmax(below_maximum(predictions, where, classes))
+    probabilities = select(where, probabilities, 0)
+  return probabilities, masked(targets), jnp.broadcast_to(where, shape)
+
+
+def _check_probabilities(probabilities, where):
+  """Optax's check, of pixels of which no class is masked."""
+  if probabilities.shape[-1] == 1:
+    return
+  sums = select(jnp.all(where, -1), jnp.sum(probabilities, -1), 1)
+  if not jnp.allclose(sums, 1.0, rtol=1e-5):
+    raise ValueError(
+      "With apply_softmax=False the predictions must be probabilities that add"
+      " up to 1 along the last axis, but the sums are between"
+      f" {jnp.min(sums):.6f} and {jnp.max(sums):.6f}."
+    )
+
+
+def _losses_of_classes(
+  probabilities,
+  targets,
+  where,
+  axis,
+  smooth,
+  alpha=0.5,
+  beta=0.5,
+  class_weights=None,
+  ignore_background=False,
+):
+  """One loss a class, 0 if nothing of it is included, and whether it is."""
+  if axis is None:
+    axis = tuple(range(1, probabilities.ndim - 1))
+  included = jnp.any(where, axis)
+  # Without a pixel it is 1 - (0 + 1) / (0 + 1).
+  smooth, alpha, beta = (select(included, x, 1) for x in (smooth, alpha, beta))
+  intersection = jnp.sum(probabilities * targets, axis)
+  false_positives = jnp.sum(probabilities, axis) - intersection
+  false_negatives = jnp.sum(targets, axis) - intersection
+  losses = 1 - (intersection + smooth) / (
+    intersection + alpha * false_positives + beta * false_negatives + smooth
+  )
+  if class_weights is not None:
+    losses = losses * select(included, class_weights, 1)
+  if ignore_background and probabilities.shape[-1] > 1:
+    losses, included = losses[..., 1:], included[..., 1:]
+  return losses, included
+
+
+def _count(included, axis, dtype):
+  """The divisor of a mean, 1 for one of nothing."""
+  return jnp.maximum(jnp.sum(included, axis), 1).astype(dtype)
+
+
+def _pixel_axes(axis, shape):
+  """Checks axes, and refuses that of the classes."""
+  axes = canonicalize_axes(axis, shape)
+  if len(shape) - 1 in axes:
+    raise ValueError(
+      f"axis {axis} names the class axis, the last of the shape {shape}."
+    )
+  return axes
+
+
+def multiclass_generalized_dice_loss(
+  predictions: jax.typing.ArrayLike,
+  targets: jax.typing.ArrayLike,
+  *,
+  smooth: jax.typing.ArrayLike = 1.0,
+  apply_softmax: bool = True,
+  ignore_background: bool = False,
+  axis: Axis = None,
+  where: Where = None,
+) -> jax.Array:
+  r"""Computes :func:`dice_loss`, with rare classes weighted more.
+
+  The weight of a class is proportional to :math:`1 / (f^2 + 10^{-7})`, with
+  :math:`f` the sum of its targets over the included pixels of the batch, and
+  the weights add up to the number of classes.
+
+  Args:
+    predictions: As in :func:`dice_loss`, with a class axis.
+    targets: As in :func:`dice_loss`, with the shape of the predictions.
+    smooth: As in :func:`dice_loss`.
+    apply_softmax: As in :func:`dice_loss`.
+    ignore_background: As in :func:`dice_loss`.
+    axis: As in :func:`dice_loss`.
+    where: As in :func:`dice_loss`. A class of which nothing is included has no
+      weight, and does not count.
+
+  Returns:
+    The mean over the classes and the batch, of those of which something is
+    included; a scalar, in the dtype of the arguments; 0 if nothing is.
+
+  Raises:
+    TypeError: As in :func:`dice_loss`.
+    ValueError: As in :func:`dice_loss`.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> predictions = jnp.array([[[1.0, 0.0], [0.0, 1.0], [jnp.nan, jnp.nan]]])
+    >>> targets = jnp.array([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])
+    >>> print(optax.losses.multiclass_generalized_dice_loss(
+    ...     predictions, targets, apply_softmax=False,
+    ...     where=jnp.array([[True, True, False]])))
+    0.0
+
+  References:
+    Sudre et al., `Generalised Dice Overlap as a Deep Learning Loss Function for
+    Highly Unbalanced Segmentations <https://arxiv.org/abs/1707.03237>`_, 2017.
+  """
+  loss = functools.partial(
+    original.multiclass_generalized_dice_loss,
+    smooth=smooth,
+    ignore_background=ignore_background,
+  )
+  if where is None:
+    if axis is None:
+      return loss(predictions, targets, apply_softmax=apply_softmax)
+    where = True
+  # Refuses what Optax refuses.
+  jax.eval_shape(lambda: loss(predictions, targets))
+  if axis is not None:
+    axis = _pixel_axes(axis, jnp.shape(predictions))
+  p, t, mask = _masked_pixels(predictions, targets, where, apply_softmax)
+  pixels = tuple(range(t.ndim - 1))
+  present = jnp.any(mask, pixels)
+  weights = 1 / (select(present, jnp.sum(t, pixels), 1) ** 2 + 1e-7)
+  weights = select(present, weights, 0)
+  total = select(jnp.any(present), jnp.sum(weights), 1)
+  losses, included = _losses_of_classes(
+    p,
+    t,
+    mask,
+    axis,
+    smooth,
+    class_weights=weights / total * _count(present, None, t.dtype),
+    ignore_background=ignore_background,
+  )
+  return jnp.sum(losses) / _count(included, None, losses.dtype)
+
+
+def binary_dice_loss(
+  predictions: jax.typing.ArrayLike,
+  targets: jax.typing.ArrayLike,
+  *,
+  smooth: jax.typing.ArrayLike = 1.0,
+  apply_sigmoid: bool = True,
+  axis: Axis = None,
+  where: Where = None,
+) -> jax.Array:
+  """Computes :func:`dice_loss` of one class.
+
+  Args:
+    predictions: Logits, with shape ``[batch, ...]`` or ``[batch, ..., 1]`` and
+      a floating dtype.
+    targets: Labels in {0, 1}, with the same shape.
+    smooth: As in :func:`dice_loss`.
+    apply_sigmoid: False if the predictions are probabilities. Optax refuses
+      any other than 1; with a mask, or an ``axis``, any is accepted.
+    axis: Axis or axes of the pixels; None for all but the first.
+    where: Elements to include, boolean: a mask of the shape of the predictions,
+      with or without a last axis of size 1, or what broadcasts to it with its
+      rank, or a scalar. A masked pixel is in no sum.
+
+  Returns:
+    The losses, with shape ``[batch]``, in the dtype of the arguments; 0 where
+    nothing is included.
+
+  Raises:
+    TypeError: As in :func:`dice_loss`.
+    ValueError: As in :func:`dice_loss`.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> jnp.set_printoptions(precision=4)
+    >>> predictions = jnp.array([[jnp.inf, -jnp.inf, jnp.nan]])
+    >>> targets = jnp.array([[1.0, 1.0, 0.0]])
+    >>> print(optax.losses.binary_dice_loss(  # 1 - (1 + 1) / (1 + 1/2 + 1)
+    ...     predictions, targets, where=~jnp.isnan(predictions)))
+    [0.2]
+
+  References:
+    Milletari et al., `V-Net: Fully Convolutional Neural Networks for Volumetric
+    Medical Image Segmentation <https://arxiv.org/abs/1606.04797>`_, 2016.
+  """
+  loss = functools.partial(original.binary_dice_loss, smooth=smooth)
+  if where is None and axis is None:
+    return loss(predictions, targets, apply_sigmoid=apply_sigmoid)
+  # Refuses what Optax refuses.
+  jax.eval_shape(lambda: loss(predictions, targets))
+  channel = (
+    jnp.ndim(predictions) == jnp.ndim(targets)
+    and jnp.shape(predictions)[-1] != 1
+  )
+  if axis is not None:
+    shape = jnp.shape(predictions)
+    axis = (
+      canonicalize_axes(axis, shape) if channel else _pixel_axes(axis, shape)
+    )
+  where = True if where is None else where
+  p, t, mask = _masked_pixels(
+    predictions, targets, where, apply_sigmoid, channel
+  )
+  losses, _ = _losses_of_classes(p, t, mask, axis, smooth)
+  return losses[..., 0]
