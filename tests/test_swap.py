@@ -7,12 +7,13 @@ import pickle
 import pkgutil
 import subprocess
 import sys
+import types
 import warnings
 
 import jax.numpy as jnp
 import optax as upstream
 from absl.testing import absltest, parameterized
-from cases import CASES, MASKED
+from cases import CASES, MASKED, PASSED_THROUGH
 
 import optax_masking as optax
 
@@ -28,6 +29,12 @@ def run(statements):
   if result.returncode:
     raise AssertionError(result.stderr)
   return result.stdout
+
+
+def unaccounted(losses):
+  """The public functions of a module that are neither masked nor listed."""
+  public = {n for n in dir(losses) if not n.startswith("_")}
+  return public - set(MASKED) - set(PASSED_THROUGH)
 
 
 class SwapTest(parameterized.TestCase):
@@ -55,6 +62,35 @@ class SwapTest(parameterized.TestCase):
       self.assertEqual(hasattr(optax, name), hasattr(upstream, name))
       if hasattr(upstream, name):
         self.assertIs(getattr(optax, name), ours)
+
+  def test_every_loss_is_accounted_for(self):
+    """Masked, or passed through with a reason; one of the two, and no other."""
+    self.assertEqual(unaccounted(upstream.losses), set())
+    for name, reason in PASSED_THROUGH.items():
+      self.assertNotIn(name, MASKED)
+      self.assertTrue(reason)
+    later = types.ModuleType("optax.losses")
+    vars(later).update(vars(upstream.losses), new_loss=lambda x: x)
+    self.assertEqual(unaccounted(later), {"new_loss"})
+
+  def test_older_optax(self):
+    """What it lacks is lacking here, and nothing else is."""
+    for lacking in ("ntxent", "dice_loss", "softmax_cross_entropy"):
+      run(
+        "import optax\n"
+        f"del optax.losses.{lacking}\n"
+        f"vars(optax).pop({lacking!r}, None)\n"
+        f"optax.__all__ = tuple(set(optax.__all__) - {{{lacking!r}}})\n"
+        "import optax_masking\n"
+        f"assert not hasattr(optax_masking, {lacking!r})\n"
+        f"assert not hasattr(optax_masking.losses, {lacking!r})\n"
+        f"assert {lacking!r} not in dir(optax_masking.losses)\n"
+        f"assert {lacking!r} not in optax_masking.losses.__all__\n"
+        "from optax_masking import *\n"
+        "from optax_masking.losses import *\n"
+        "assert optax_masking.huber_loss is optax_masking.losses.huber_loss\n"
+        "assert optax_masking.huber_loss is not optax.huber_loss\n"
+      )
 
   def test_every_masked_loss_has_a_case(self):
     """But for the deprecated name of one that has."""
@@ -113,7 +149,7 @@ class SwapTest(parameterized.TestCase):
 
   def test_modules_are_the_same_objects(self):
     """Two copies of a module would have unequal classes."""
-    names = ["_src.base", "contrib._muon", "losses._fenchel_young"]
+    names = ["_src.base", "contrib._muon", "schedules._schedule"]
     names += [m.name for m in pkgutil.iter_modules(upstream.__path__)]
     for name in names:
       if name != "losses":

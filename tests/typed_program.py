@@ -46,7 +46,13 @@ def main() -> None:
   total: jax.Array = softmax_cross_entropy(logits, logits, where=mask).sum()
   total += losses.cosine_distance(logits, logits, epsilon=1e-6, axis=(0, 1))
   total += optax_masking.losses.kl_divergence(logits, logits, where=True).sum()
-  total += hinge_loss(logits, logits).sum()
+  total += hinge_loss(logits, logits, where=mask[:, None]).sum()
+  total += losses.dice_loss(logits, logits, reduction="sum", where=True).sum()
+  total += losses.make_fenchel_young_loss(jax.nn.logsumexp)(
+    logits, logits, where=mask
+  ).sum()
+  total += optax.ntxent(logits, jnp.array([0, 0, 1]), where=mask)
+  total += optax.smooth_labels(logits, 0.1, where=mask).sum()
   total += own_loss(logits, logits, where=mask).sum()
 
 
