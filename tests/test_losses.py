@@ -9,7 +9,7 @@ import numpy as np
 import optax as upstream
 from absl.testing import absltest, parameterized
 from cases import (
-  CASES,
+  BY_NAME,
   DTYPES,
   SHAPE,
   assert_allclose,
@@ -35,6 +35,54 @@ class HandWorkedTest(parameterized.TestCase):
       ([0.0, math.log(3), NAN], [0.5, 0.5, NAN]),
       math.log(16 / 3) / 2,
     ),
+    (
+      "safe_softmax_cross_entropy",
+      "safe_softmax_cross_entropy",
+      ([0.0, math.log(3), NAN], [0.5, 0.5, NAN]),
+      math.log(16 / 3) / 2,
+    ),
+    # And 2 (1/2 (1 - 1/4) + 1/2 (1 - 3/4)) = 1.
+    (
+      "poly_loss_cross_entropy",
+      "poly_loss_cross_entropy",
+      ([0.0, math.log(3), NAN], [0.5, 0.5, NAN]),
+      math.log(16 / 3) / 2 + 1,
+    ),
+    (
+      "ranking_softmax_loss",
+      "ranking_softmax_loss",
+      ([0.0, math.log(3), NAN], [0.5, 0.5, NAN]),
+      math.log(16 / 3) / 2,
+    ),
+    # max(1, 1.5 + 1) - 1.
+    (
+      "multiclass_hinge_loss",
+      "multiclass_hinge_loss",
+      ([1.0, 1.5, NAN], 0),
+      1.5,
+    ),
+    # max(1, 1.5) - 1.
+    (
+      "multiclass_perceptron_loss",
+      "multiclass_perceptron_loss",
+      ([1.0, 1.5, NAN], 0),
+      0.5,
+    ),
+    # Above a threshold of 3/4 are p = (1/4, 3/4), which add up to 1.
+    # 3/4 (1.5 - 1) + (1 - 1/16 - 9/16) / 2 = 6/16 + 3/16.
+    (
+      "multiclass_sparsemax_loss",
+      "multiclass_sparsemax_loss",
+      ([1.0, 1.5, NAN], 0),
+      9 / 16,
+    ),
+    # Distances 2 and 5: 2 - 5 + 4.
+    (
+      "triplet_margin_loss",
+      "triplet_margin_loss",
+      ([0.0, 0.0, NAN], [0.0, 2.0, NAN], [3.0, 4.0, NAN], -1, 2, 4.0, 0.0),
+      1.0,
+    ),
     # -log 3/4.
     (
       "softmax_cross_entropy_with_integer_labels",
@@ -48,6 +96,15 @@ class HandWorkedTest(parameterized.TestCase):
       "kl_divergence",
       "kl_divergence",
       ([math.log(0.25), math.log(0.75), NAN], [0.5, 0.5, NAN]),
+      math.log(4 / 3) / 2,
+    ),
+    (
+      "kl_divergence_with_log_targets",
+      "kl_divergence_with_log_targets",
+      (
+        [math.log(0.25), math.log(0.75), NAN],
+        [math.log(0.5), math.log(0.5), NAN],
+      ),
       math.log(4 / 3) / 2,
     ),
     # 2 log(2 / 1) + 1 - 2 = 2 log 2 - 1, and 3 log(3 / 3) + 3 - 3 = 0.
@@ -73,8 +130,52 @@ class HandWorkedTest(parameterized.TestCase):
   )
   def test_reducing(self, name, arguments, expected):
     arguments = [jnp.asarray(x) for x in arguments]
-    got = getattr(optax, name)(*arguments, where=jnp.array([True, True, False]))
-    assert_allclose(got, expected, rtol=1e-6)
+    arguments = [x[None] if x.ndim else x for x in arguments]
+    loss = getattr(optax.losses, name)
+    if name.startswith(("multiclass", "softmax_cross_entropy_with")):
+      arguments[1] = arguments[1][None]
+    got = loss(*arguments, where=jnp.array([[True, True, False]]))
+    assert_allclose(got, [expected] if got.ndim else expected, rtol=1e-6)
+
+  @parameterized.parameters(
+    # A logit of log 3 is a probability of 3/4.
+    (
+      "sigmoid_binary_cross_entropy",
+      ([math.log(3), math.log(3), NAN], [1, 0, 1]),
+      [math.log(4 / 3), math.log(4), 0],
+    ),
+    ("hinge_loss", ([0.5, 0.5, NAN], [1, -1, 0]), [0.5, 1.5, 0]),
+    ("perceptron_loss", ([0.5, 0.5, NAN], [1, -1, 0]), [0, 0.5, 0]),
+    # (1 - 1/2)^2 / 4, and beyond the parabola.
+    ("sparsemax_loss", ([0.5, 2.0, NAN], [1, 0, 1]), [1 / 16, 2, 0]),
+    ("squared_error", ([3.0, 1.0, NAN], [1.0, 2.0, NAN]), [4, 1, 0]),
+    ("l2_loss", ([3.0, 1.0, NAN], [1.0, 2.0, NAN]), [2, 0.5, 0]),
+    # (1/2)^2 / 2, and 3 - 1/2.
+    ("huber_loss", ([1.5, -2.0, NAN], [1.0, 1.0, NAN]), [1 / 8, 2.5, 0]),
+    # cosh(log 2) = (2 + 1/2) / 2.
+    (
+      "log_cosh",
+      ([math.log(2), 1.0, NAN], [0.0, 1.0, NAN]),
+      [math.log(5 / 4), 0, 0],
+    ),
+    # 0.7 of the label, and 0.3 for two classes.
+    ("smooth_labels", ([0.0, 1.0, NAN], 0.3), [0.15, 0.85, 0]),
+  )
+  def test_one_number_an_element(self, name, arguments, expected):
+    arguments = [jnp.asarray(x) for x in arguments]
+    loss = getattr(optax.losses, name)
+    got = loss(*arguments, where=jnp.array([True, True, False]))
+    assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
+
+  def test_make_fenchel_young_loss(self):
+    # log(1 + 3) - 2 log 3: targets need not add up to 1.
+    loss = optax.losses.make_fenchel_young_loss(jax.nn.logsumexp)
+    got = loss(
+      jnp.array([0.0, math.log(3), NAN]),
+      jnp.array([0.5, 2.0, NAN]),
+      where=jnp.array([True, True, False]),
+    )
+    assert_allclose(got, math.log(4 / 9), rtol=1e-5)
 
   def test_sigmoid_focal_loss(self):
     # A logit of log 3 is a probability of 3/4. Label 1: -(1/4)^2 log 3/4.
@@ -96,7 +197,7 @@ class LabelsTest(parameterized.TestCase):
     axes = np.arange(2)[list(np.atleast_1d(axis))]
     batch = [s for a, s in enumerate(SHAPE) if a not in axes]
     classes = math.prod(SHAPE[a] for a in axes)
-    (logits,) = (c.arguments(dtype)[0] for c in CASES if c.has_index)
+    logits, _ = BY_NAME["softmax_cross_entropy"].arguments(dtype)
 
     def integer(logits, labels, where):
       return optax.softmax_cross_entropy_with_integer_labels(
@@ -187,7 +288,7 @@ class BroadcastTest(parameterized.TestCase):
   """Each example has a mask of its own, whatever it shares with the others."""
 
   def test_labels_shared_by_a_batch(self):
-    logits, labels = CASES[0].arguments(DTYPES[0])
+    logits, labels = BY_NAME["softmax_cross_entropy"].arguments(DTYPES[0])
     where = masks()["random"]
     for shared in (labels[0], labels[:1]):
       expected = [
@@ -209,7 +310,9 @@ class BroadcastTest(parameterized.TestCase):
       self.assertTrue(jnp.all(jnp.isfinite(gradient)))
 
   def test_logits_shared_by_a_batch(self):
-    logits, labels = CASES[1].arguments(DTYPES[0])
+    logits, labels = BY_NAME[
+      "softmax_cross_entropy_with_integer_labels"
+    ].arguments(DTYPES[0])
     where = masks()["random"]
     assert_allclose(
       optax.softmax_cross_entropy_with_integer_labels(
@@ -222,7 +325,9 @@ class BroadcastTest(parameterized.TestCase):
     )
 
   def test_one_class_mask_for_integer_labels(self):
-    logits, labels = CASES[1].arguments(DTYPES[0])
+    logits, labels = BY_NAME[
+      "softmax_cross_entropy_with_integer_labels"
+    ].arguments(DTYPES[0])
     classes = np.array([[True, True, False, True, True]])
     assert_equal(
       optax.softmax_cross_entropy_with_integer_labels(
@@ -338,7 +443,7 @@ class ParametersTest(parameterized.TestCase):
 
   @parameterized.parameters("alpha", "gamma")
   def test_sigmoid_focal_loss(self, name):
-    logits, labels = CASES[-1].arguments(DTYPES[0])
+    logits, labels = BY_NAME["sigmoid_focal_loss"].arguments(DTYPES[0])
     where = masks()["random"] & (np.arange(5) != 2)
     parameter = np.linspace(0.1, 0.9, 5)
 
@@ -366,6 +471,61 @@ class ParametersTest(parameterized.TestCase):
     got = jax.grad(total, 1)(padded, 0.3)
     expected = jax.grad(dropped, 1)(logits, 0.3)
     assert_allclose(got, expected, rtol=1e-5)
+
+  @parameterized.parameters(
+    # A loss, its parameter with an entry an element or an example, and more.
+    ("huber_loss", "delta", (1, 5)),
+    ("huber_loss", "delta", (4, 5)),
+    ("smooth_labels", "alpha", (1, 5)),
+    ("smooth_labels", "alpha", (4, 1)),
+    ("poly_loss_cross_entropy", "epsilon", (4,)),
+    ("triplet_margin_loss", "margin", (4,)),
+    ("triplet_margin_loss", "eps", (4,)),
+  )
+  def test_arrays(self, name, parameter, shape):
+    """Garbage where all is masked that it meets, and exact gradients."""
+    case = BY_NAME[name]
+    arguments = case.arguments(DTYPES[0])
+    if name == "smooth_labels":
+      arguments = arguments[:1]
+    where = masks()["random"] & (np.arange(5) != 2)
+    where[1] = False
+    per_example = len(shape) == 1
+    clean = jnp.linspace(0.1, 0.9, int(np.prod(shape))).reshape(shape)
+    needed = where.any(-1) if per_example else where
+    axes = tuple(a for a, s in enumerate(shape) if s == 1)
+    needed = needed.any(axes, keepdims=True)
+    self.assertFalse(needed.all())
+
+    def total(p, *arguments):
+      return jnp.sum(
+        getattr(optax.losses, name)(*arguments, where=where, **{parameter: p})
+      )
+
+    def dropped(p, *arguments):
+      result = 0
+      for i, kept in enumerate(where):
+        if kept.any():
+          row = p[i] if per_example else jnp.broadcast_to(p, SHAPE)[i, kept]
+          result += getattr(upstream.losses, name)(
+            *(x[i, kept] for x in arguments), **{parameter: row}
+          ).sum()
+      return result
+
+    garbage = [jnp.where(where, x, NAN) for x in arguments]
+    poisoned = jnp.where(needed, clean, NAN)
+    with jax.debug_nans(True):
+      got = jax.value_and_grad(total)(poisoned, *garbage)
+    expected = jax.value_and_grad(dropped)(clean, *arguments)
+    for a, b in zip(got, expected, strict=True):
+      assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert_equal(got[1][~needed], 0)
+    # And one number for all, differentiated.
+    assert_allclose(
+      jax.grad(total)(jnp.asarray(0.3), *garbage),
+      jax.grad(dropped)(jnp.full(shape, 0.3), *arguments).sum(),
+      rtol=1e-4,
+    )
 
   def test_epsilon(self):
     """A least norm for each vector, one of them of a masked one."""
@@ -395,7 +555,7 @@ class HardLabelsTest(parameterized.TestCase):
   @parameterized.parameters("float32", "int32", "bool")
   def test_sigmoid_focal_loss(self, dtype):
     """Labels of 0 and 1, as they mostly are: value, gradient and Hessian."""
-    logits, soft = CASES[-1].arguments(DTYPES[0])
+    logits, soft = BY_NAME["sigmoid_focal_loss"].arguments(DTYPES[0])
     labels = (soft > 0.5).astype(dtype)
     where = masks()["random"]
 
@@ -425,6 +585,258 @@ class HardLabelsTest(parameterized.TestCase):
       assert_equal(g.at[inside].set(0), 0)  # What is masked has no part.
 
 
+class NoTargetsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    "squared_error", "l2_loss", "huber_loss", "log_cosh"
+  )
+  def test_none(self, name):
+    """Targets of 0, with a mask too."""
+    x, _ = BY_NAME[name].arguments(DTYPES[0])
+    where = masks()["random"]
+    loss = getattr(optax.losses, name)
+    garbage = jnp.where(where, x, NAN)
+    expected = jnp.where(where, getattr(upstream, name)(x), 0)
+    for targets in ((), (None,)):
+      assert_close(loss(garbage, *targets, where=where), expected, DTYPES[0])
+    assert_close(
+      loss(garbage, targets=None, axis=0, where=where),
+      expected.sum(0),
+      DTYPES[0],
+    )
+
+  def test_python_scalar(self):
+    """It is data: in float16 its square is infinite, but not if masked."""
+    x = jnp.array([400.0, NAN], "float16")
+    where = jnp.array([True, False])
+    with jax.debug_infs(True):
+      assert_equal(optax.huber_loss(x, 400.0, delta=1e3, where=where), 0)
+
+  @parameterized.parameters("squared_error", "l2_loss", "perceptron_loss")
+  def test_no_broadcasting(self, name):
+    """Optax refuses it, and so it stays under a mask."""
+    x = jnp.ones(SHAPE)
+    for targets in (x[0], x[:1], x[:, :1], jnp.asarray(1.0)):
+      with self.assertRaises(ValueError) as theirs:
+        getattr(upstream.losses, name)(x, targets)
+      for where in (True, masks()["random"]):
+        with self.assertRaises(ValueError) as ours:
+          getattr(optax.losses, name)(x, targets, where=where)
+        self.assertEqual(str(ours.exception), str(theirs.exception))
+
+  def test_broadcasting(self):
+    """The others broadcast."""
+    for name in ("huber_loss", "log_cosh", "hinge_loss", "sparsemax_loss"):
+      x, y = BY_NAME[name].arguments(DTYPES[0])
+      where = masks()["random"]
+      loss = getattr(optax.losses, name)
+      expected = jnp.where(where, getattr(upstream.losses, name)(x, y[0]), 0)
+      assert_close(loss(x, y[0], where=where), expected, DTYPES[0])
+
+
+class SafeSoftmaxTest(parameterized.TestCase):
+  """0 log 0 = 0 in what is included, next to garbage in what is not."""
+
+  LOGITS = ((-np.inf, 1.0, 2.0, NAN), (0.5, -np.inf, NAN, 1.0))
+  LABELS = ((0.0, 0.25, 0.75, NAN), (0.5, 0.0, NAN, 0.5))
+
+  def test_impossible_classes(self):
+    x, y = jnp.array(self.LOGITS), jnp.array(self.LABELS)
+    where = ~jnp.isnan(x)
+
+    def got(x):
+      return optax.safe_softmax_cross_entropy(x, y, where=where)
+
+    def expected(x):
+      return jnp.stack(
+        [
+          upstream.safe_softmax_cross_entropy(a[kept], b[kept])
+          for a, b, kept in zip(x, y, where, strict=True)
+        ]
+      )
+
+    self.assertTrue(jnp.all(jnp.isfinite(got(x))))
+    assert_allclose(got(x), expected(x), rtol=1e-6)
+    gradient = jax.grad(lambda x: got(x).sum())(x)
+    assert_allclose(
+      gradient, jax.grad(lambda x: expected(x).sum())(x), rtol=1e-6
+    )
+    assert_equal(gradient[~where], 0)
+    # In forward mode Optax has NaN: 0, the tangent of the labels, times the
+    # logarithm of 0. It does not get out of the example.
+    tangent = jnp.ones_like(x)
+    np.testing.assert_array_equal(
+      jnp.isnan(jax.jvp(got, (x,), (tangent,))[1]),
+      jnp.isnan(jax.jvp(expected, (x,), (tangent,))[1]),
+    )
+
+
+class ScoresTest(parameterized.TestCase):
+  """Maxima and projections of scores of any size."""
+
+  @parameterized.product(
+    dtype=DTYPES,
+    name=(
+      "multiclass_hinge_loss",
+      "multiclass_perceptron_loss",
+      "multiclass_sparsemax_loss",
+    ),
+    top=(0.0, 3.0, 1e4, -1e4, "max", "min"),
+  )
+  def test_sizes(self, dtype, name, top):
+    info = jnp.finfo(dtype)
+    top = {"max": float(info.max) / 8, "min": float(info.min) / 8}.get(top, top)
+    scores = jnp.asarray([top, top * 1.25 - 0.5, top * 0.75 - 1], dtype)
+    loss = getattr(optax.losses, name)
+    original = getattr(upstream.losses, name)
+    exact = "float64" if jax.config.jax_enable_x64 else "float32"
+    where = jnp.array([[True, False, True, True]])
+    for garbage in (NAN, float(info.max)):
+      masked = jnp.insert(scores, 1, garbage)[None]
+      for label, position in enumerate((0, 2, 3)):
+        expected = original(scores[None].astype(exact), jnp.array([label]))
+        with jax.debug_nans(True), jax.debug_infs(True):
+          value, gradient = jax.value_and_grad(
+            lambda x, y: loss(x, jnp.array([y]), where=where)[0]
+          )(masked, position)
+        size = max(1.0, float(abs(scores).max()))
+        assert_close(float(value) / size, expected[0] / size, dtype)
+        expected = jax.grad(lambda x, y=label: original(x, jnp.array([y]))[0])(
+          scores[None].astype(exact)
+        )
+        assert_close(gradient[where], expected[0], dtype)
+
+  @parameterized.parameters([(dtype,) for dtype in DTYPES])
+  def test_sparsemax_of_many_masked_classes(self, dtype):
+    """In a sum over them no digit of the others is lost."""
+    scores = jnp.asarray([1.0, 1.5, 1.25], dtype)
+    masked = jnp.full((1, 4000), NAN, dtype).at[0, 2000:2003].set(scores)
+    got = optax.losses.multiclass_sparsemax_loss(
+      masked, jnp.array([2000]), where=~jnp.isnan(masked)
+    )
+    # 1 + 3/2 + 5/4 - 3 t = 1 at t = 11/12: p = (1, 7, 4) / 12 of the scores.
+    # (7/12) (1/2) + (4/12) (1/4) + (1 - 66/144) / 2 = 54/144 + 39/144.
+    assert_close(got, [93 / 144], dtype)
+
+  @parameterized.parameters(
+    "multiclass_hinge_loss", "multiclass_perceptron_loss"
+  )
+  def test_minus_infinity(self, name):
+    """NaN or infinity, as in Optax."""
+    where = jnp.array([True, False, True])
+    for scores in (
+      [-np.inf, 2.0, -np.inf],
+      [-np.inf, 2.0, 1.0],
+      [NAN, 2.0, 1.0],
+    ):
+      scores = jnp.array(scores)
+      for label, position in enumerate((0, 2)):
+        np.testing.assert_array_equal(
+          getattr(optax.losses, name)(scores, jnp.array(position), where=where),
+          getattr(upstream.losses, name)(scores[where], jnp.array(label)),
+        )
+
+  def test_any_batch_rank(self):
+    case = BY_NAME["multiclass_sparsemax_loss"]
+    x, y = case.arguments(DTYPES[0], (2, 3, 5))
+    loss = optax.losses.multiclass_sparsemax_loss
+    for where in (None, masks((2, 3, 5))["random"]):
+      expected = [
+        [
+          loss(x[i, j], y[i, j], where=None if where is None else where[i, j])
+          for j in range(3)
+        ]
+        for i in range(2)
+      ]
+      assert_allclose(loss(x, y, where=where), expected, rtol=1e-6)
+    assert_allclose(
+      loss(x[0], y[0]), upstream.losses.multiclass_sparsemax_loss(x[0], y[0])
+    )
+
+
+def sparsemax_conjugate(scores):
+  """The maximum over the simplex of a product, less half the squared norm."""
+  p = upstream.projections.projection_simplex(scores)
+  return p @ scores - p @ p / 2
+
+
+class FenchelYoungTest(parameterized.TestCase):
+  @parameterized.product(
+    max_fun=(jax.nn.logsumexp, sparsemax_conjugate, jnp.max),
+    scale_and_shift=((1.0, 0.0), (100.0, 0.0), (1.0, 1e3), (1.0, -1e3)),
+  )
+  def test_max_functions(self, max_fun, scale_and_shift):
+    """Targets need not add up to 1, so the scores may not be shifted."""
+    x, y = BY_NAME["make_fenchel_young_loss"].arguments(DTYPES[0])
+    scale, shift = scale_and_shift
+    x = x * scale + shift
+    loss = optax.losses.make_fenchel_young_loss(max_fun)
+    original = upstream.losses.make_fenchel_young_loss(max_fun)
+    for kind in ("random", "random, sparse"):
+      where = masks()[kind]
+      garbage = [jnp.where(where, a, NAN) for a in (x, y)]
+      got = jax.value_and_grad(
+        lambda x, y, where=where: loss(x, y, where=where).sum(), (0, 1)
+      )(*garbage)
+      expected = jax.value_and_grad(
+        lambda x, y, where=where: (
+          sum(
+            original(x[i, where[i]], y[i, where[i]])
+            for i in np.flatnonzero(where.any(-1))
+          )
+          + 0 * (x.sum() + y.sum())
+        ),
+        (0, 1),
+      )(x, y)
+      size = float(abs(x).max())
+      assert_allclose(got[0], expected[0], rtol=1e-5, atol=1e-4 * size)
+      assert_allclose(got[1][0], expected[1][0], rtol=1e-4, atol=1e-5 * size)
+      assert_allclose(got[1][1], expected[1][1], rtol=1e-5)
+      for gradient in got[1]:
+        assert_equal(gradient[~where], 0)
+
+
+class SmoothLabelsTest(parameterized.TestCase):
+  @parameterized.parameters(-1, 0, None, ((0, 1),))
+  def test_axis(self, axis):
+    y, _ = BY_NAME["smooth_labels"].arguments(DTYPES[0])
+    where = masks()["random"]
+    got = optax.smooth_labels(
+      jnp.where(where, y, NAN), 0.3, axis=axis, where=where
+    )
+    count = np.maximum(where.sum(axis, keepdims=True), 1)
+    assert_close(got, np.where(where, 0.7 * y + 0.3 / count, 0), DTYPES[0])
+    assert_close(
+      optax.smooth_labels(y, 0.3, axis=axis, where=True),
+      optax.smooth_labels(y, 0.3, axis=axis),
+      DTYPES[0],
+    )
+
+  @parameterized.parameters("float32", "bfloat16", "float16")
+  def test_dtype(self, dtype):
+    """Optax's, which the count of a mask does not change."""
+    y = jnp.ones(SHAPE, dtype)
+    for alpha in (0.3, jnp.asarray(0.3, dtype), np.float32(0.3)):
+      expected = optax.smooth_labels(y, alpha).dtype
+      for where in (True, masks()["random"]):
+        self.assertEqual(
+          optax.smooth_labels(y, alpha, where=where).dtype, expected
+        )
+
+  def test_with_the_loss(self):
+    """What it is for: the two under one mask."""
+    where = masks()["random"]
+    logits, _ = BY_NAME["softmax_cross_entropy"].arguments(DTYPES[0])
+    labels = jnp.eye(5)[jnp.array([0, 2, 4, 1])]
+    got = optax.softmax_cross_entropy(
+      logits, optax.smooth_labels(labels, 0.1, where=where), where=where
+    )
+    for i, kept in enumerate(where):
+      expected = upstream.softmax_cross_entropy(
+        logits[i, kept], upstream.smooth_labels(labels[i, kept], 0.1)
+      )
+      assert_allclose(got[i], expected if kept.any() else 0, rtol=1e-5)
+
+
 class DeprecationTest(parameterized.TestCase):
   def test_convex_kl_divergence(self):
     """The same warning as Optax's, on the line of the caller."""
@@ -439,6 +851,12 @@ class DeprecationTest(parameterized.TestCase):
       recorded.append((warning.category, str(warning.message)))
       self.assertEqual(warning.filename, __file__)
     self.assertEqual(*recorded)
+    with self.assertWarns(DeprecationWarning):
+      ours, theirs = (
+        jax.make_jaxpr(module.convex_kl_divergence)(*arguments)
+        for module in (upstream, optax)
+      )
+    self.assertEqual(str(ours), str(theirs))
     with self.assertWarns(DeprecationWarning):
       got = optax.convex_kl_divergence(*arguments, where=where)
     # As in HandWorkedTest: 2 log 2 + 1 - 2, and 0.
