@@ -1,8 +1,7 @@
 """Fits a curve to weekly carbon dioxide data with weeks that were not measured.
 
 A week without a measurement is NaN in the data, and stays there: the loss gets
-the data as they are and `where=measured`. The loss is squared error, made
-maskable in one line.
+the data as they are and `where=measured`.
 
 You will see the loss fall, the gradient next to that of the data without the
 missing weeks, what `jnp.mean(loss, where=measured)` makes of it, and what the
@@ -22,18 +21,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax as plain_optax
 
 import optax_masking as optax
 
 CSV = pathlib.Path(__file__).parent / "data" / "mauna_loa_co2.csv"
 TREND = 4  # Coefficients of the trend, a cubic; the others are of the season.
-
-# At a prediction and a target of 0 the error is 0, so 0 is what may stand in
-# for a masked element of either.
-squared_error = optax.masked_inputs(predictions=0.0, targets=0.0)(
-  plain_optax.squared_error
-)
 
 
 def read_weeks() -> tuple[list[date], jax.Array]:
@@ -60,18 +52,18 @@ def predict(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 def masked_loss(weights: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
   measured = ~jnp.isnan(y)
-  losses = squared_error(predict(weights, x), y, where=measured)
-  return losses.sum() / measured.sum()
+  loss = optax.squared_error(predict(weights, x), y, axis=0, where=measured)
+  return loss / measured.sum()
 
 
 def late_loss(weights: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
   """What one writes without a maskable loss."""
-  losses = plain_optax.squared_error(predict(weights, x), y)
+  losses = optax.squared_error(predict(weights, x), y)
   return jnp.mean(losses, where=~jnp.isnan(y))
 
 
 def plain_loss(weights: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-  return plain_optax.squared_error(predict(weights, x), y).mean()
+  return optax.squared_error(predict(weights, x), y).mean()
 
 
 def compare_gradients(weights: jax.Array, x: jax.Array, y: jax.Array) -> bool:
@@ -99,8 +91,8 @@ def fit(weights: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
   @jax.jit
   def step(
-    weights: jax.Array, state: plain_optax.OptState
-  ) -> tuple[jax.Array, plain_optax.OptState]:
+    weights: jax.Array, state: optax.OptState
+  ) -> tuple[jax.Array, optax.OptState]:
     loss, grad = jax.value_and_grad(loss_fn)(weights)
     updates, state = optimizer.update(
       grad, state, weights, value=loss, grad=grad, value_fn=loss_fn
