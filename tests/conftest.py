@@ -5,10 +5,27 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 
+# Half precision, what compiles or runs long, and what is particular to a loss.
+SLOW = (
+  "float16",
+  "test_checkify",
+  "test_compaction",
+  "test_debug_nans",
+  "test_everything_included",
+  "test_honesty",
+  "test_transforms.py",
+  "test_losses.py",
+  "test_ctc.py",
+  "test_ranking.py",
+  "test_segmentation.py",
+  "test_self_supervised.py",
+  "test_examples.py",
+)
+QUICK = ("HandWorked", "recompilation", "Deprecation")
+
 
 def pytest_collection_modifyitems(items):
-  """Half precision and the longest compilations are slow."""
   for item in items:
-    slow = ("float16", "checkify", "test_derivatives")
-    if any(part in item.name for part in slow):
+    named = [any(part in item.nodeid for part in p) for p in (SLOW, QUICK)]
+    if named == [True, False]:
       item.add_marker(pytest.mark.slow)
