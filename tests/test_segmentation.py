@@ -26,6 +26,43 @@ def dropped(x):
   return x[PIXELS].reshape(2, 4, -1)
 
 
+class HandWorkedTest(parameterized.TestCase):
+  """Three pixels of two classes, and one that is masked; smoothing of 1."""
+
+  PREDICTIONS = np.array([[[1, 0], [1, 0], [1, 0], [NAN, NAN]]], "float32")
+  TARGETS = np.array([[[1, 0], [1, 0], [0, 1], [NAN, NAN]]], "float32")
+  WHERE = np.array([[True, True, True, False]])
+
+  def test_dice_loss(self):
+    got = optax.losses.dice_loss(
+      self.PREDICTIONS,
+      self.TARGETS,
+      apply_softmax=False,
+      reduction="none",
+      where=self.WHERE,
+    )
+    # Class 0: 2 pixels of both, 3 predicted, 2 true: 1 - 3 / (2 + 1/2 + 1).
+    # Class 1: none of both, none predicted, 1 true: 1 - 1 / (1/2 + 1).
+    assert_allclose(got, [[1 / 7, 1 / 3]], rtol=1e-6)
+
+  def test_multiclass_generalized_dice_loss(self):
+    got = optax.losses.multiclass_generalized_dice_loss(
+      self.PREDICTIONS, self.TARGETS, apply_softmax=False, where=self.WHERE
+    )
+    # Frequencies 2 and 1: weights of 1/4 and 1, so 2/5 and 8/5.
+    assert_allclose(got, (2 / 5 / 7 + 8 / 5 / 3) / 2, rtol=1e-5)
+
+  def test_binary_dice_loss(self):
+    # Logits so large that the probabilities are 1 and 0. One of both, one
+    # predicted, two true: 1 - 2 / (1 + 1/2 + 1).
+    got = optax.losses.binary_dice_loss(
+      np.array([[100, -100, NAN]], "float32"),
+      np.array([[1, 1, 0]], "float32"),
+      where=np.array([[True, True, False]]),
+    )
+    assert_allclose(got, [1 / 5], rtol=1e-6)
+
+
 class PixelsTest(parameterized.TestCase):
   """A mask of pixels gives Optax's loss of the pixels that are left."""
 
