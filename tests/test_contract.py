@@ -69,7 +69,7 @@ def program(case: Case):
         loss * jnp.linspace(0.5, 1.5, loss.size).reshape(loss.shape)
       )
 
-    derivatives = {
+    results = {
       "value": call(case, floats, arguments, where),
       "vjp": jax.grad(total)(floats),
       "jvp": jax.jvp(
@@ -80,10 +80,10 @@ def program(case: Case):
       "Hessian, forward over reverse": jax.jacfwd(jax.grad(total))(floats),
     }
     if floats[0].dtype.itemsize > 2:  # To save time.
-      derivatives["Hessian, reverse over reverse"] = jax.jacrev(
-        jax.grad(total)
-      )(floats)
-    return derivatives
+      results["Hessian, reverse over reverse"] = jax.jacrev(jax.grad(total))(
+        floats
+      )
+    return results
 
   return jax.jit(run)
 
@@ -118,11 +118,9 @@ def poisonings(case, arguments, where, dtype):
 
 def in_float32(x):
   """Half precision in float32, in which some losses of ours are computed."""
-  return (
-    jnp.asarray(x, jnp.promote_types(x.dtype, "float32"))
-    if (jnp.issubdtype(x.dtype, jnp.floating))
-    else x
-  )
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    return x
+  return x.astype(jnp.promote_types(x.dtype, "float32"))
 
 
 def compacted(case, arguments, where, axis):
