@@ -35,9 +35,11 @@ def run_pytest(*arguments, **environment):
 def test_float64():
   """The contract in float64, which JAX has only where it starts with it."""
   run_pytest(
-    *("test_contract.py", "-k", "float64 or with_jit"),
+    *("test_contract.py", "test_transforms.py"),
+    *("-k", "float64 or with_jit or test_derivatives"),
     JAX_ENABLE_X64="1",
   )
+  run_pytest("test_losses.py", JAX_ENABLE_X64="1")
 
 
 @pytest.mark.slow
