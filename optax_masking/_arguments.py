@@ -1,9 +1,10 @@
 """The rules of `axis` and `where`, one for all losses."""
 
+import contextlib
 import inspect
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +42,12 @@ def arrays_to_fill(
     elif x is not None:
       raise TypeError(f"`{name}` must be an array, not {type(x).__name__}.")
   return arrays
+
+
+def check_accepted(call: Callable[[], Any]) -> None:
+  """What a loss refuses without a mask it refuses with one, in its words."""
+  with contextlib.suppress(jax.errors.ConcretizationTypeError):
+    jax.eval_shape(call)
 
 
 def canonicalize_axes(axis: Axis, shape: Shape) -> Axes:

@@ -28,19 +28,18 @@ for a softmax, `zero_unless_empty` for a norm.
 On the way out, a slice with nothing included is replaced by 0 (clause 4).
 """
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-import jax
 import jax.numpy as jnp
 
 from optax_masking._arguments import (
   arrays_to_fill,
   canonicalize_axes,
   canonicalize_where,
+  check_accepted,
   check_axis_of,
   fill_masked,
   shape_of_examples,
@@ -209,10 +208,8 @@ def _masked_call(
     call.arguments.update(given | changes)
     return loss(*call.args, **call.kwargs)
 
-  def check_without_mask():
-    """What a loss refuses without a mask it refuses with one, in its words."""
-    with contextlib.suppress(jax.errors.ConcretizationTypeError):
-      jax.eval_shape(lambda: evaluate(where=None))
+  def without_mask():
+    return evaluate(where=None)
 
   try:
     arrays = arrays_to_fill(call, fills)
@@ -241,15 +238,16 @@ def _masked_call(
       for name, x in arrays.items()
     }
     examples = tuple(s for a, s in enumerate(shape) if a not in axes)
+    # It may not broadcast what a fill has broadcast.
     if any(
       getattr(x, "shape", None) != (shape if name in data else examples)
       for name, x in arrays.items()
     ):
-      check_without_mask()  # It may not broadcast what a fill has broadcast.
+      check_accepted(without_mask)
     result = evaluate(**filled, where=jnp.broadcast_to(where, shape))
   except Exception:
     try:
-      check_without_mask()
+      check_accepted(without_mask)
     except Exception as refusal:
       raise refusal from None
     raise

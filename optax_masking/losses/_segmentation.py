@@ -11,6 +11,7 @@ from optax_masking._arguments import (
   Where,
   canonicalize_axes,
   canonicalize_where,
+  check_accepted,
 )
 from optax_masking.fills import below_maximum, select
 from optax_masking.losses._original import original
@@ -109,8 +110,7 @@ def dice_loss(
   )
   if where is None:
     return loss(predictions, targets, apply_softmax=apply_softmax)
-  # Refuses what Optax refuses.
-  jax.eval_shape(lambda: loss(predictions, targets))
+  check_accepted(lambda: loss(predictions, targets))
   p, t, mask = _masked_pixels(predictions, targets, where, apply_softmax)
   losses, included = _losses_of_classes(
     p, t, mask, axis, smooth, alpha, beta, class_weights, ignore_background
@@ -267,8 +267,7 @@ def multiclass_generalized_dice_loss(
     if axis is None:
       return loss(predictions, targets, apply_softmax=apply_softmax)
     where = True
-  # Refuses what Optax refuses.
-  jax.eval_shape(lambda: loss(predictions, targets))
+  check_accepted(lambda: loss(predictions, targets))
   if axis is not None:
     axis = _pixel_axes(axis, jnp.shape(predictions))
   p, t, mask = _masked_pixels(predictions, targets, where, apply_softmax)
@@ -337,8 +336,7 @@ def binary_dice_loss(
   loss = functools.partial(original.binary_dice_loss, smooth=smooth)
   if where is None and axis is None:
     return loss(predictions, targets, apply_sigmoid=apply_sigmoid)
-  # Refuses what Optax refuses.
-  jax.eval_shape(lambda: loss(predictions, targets))
+  check_accepted(lambda: loss(predictions, targets))
   channel = (
     jnp.ndim(predictions) == jnp.ndim(targets)
     and jnp.shape(predictions)[-1] != 1

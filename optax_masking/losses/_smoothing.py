@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from optax_masking._arguments import Axis, Where
+from optax_masking._arguments import Axis, Where, check_accepted
 from optax_masking._masking import masked_inputs
 from optax_masking.losses._original import original
 
@@ -61,8 +61,7 @@ def smooth_labels(
   """
   if where is None:
     return original.smooth_labels(labels, alpha, axis=axis)
-  # Refuses what Optax refuses.
-  jax.eval_shape(lambda: original.smooth_labels(labels, alpha))
+  check_accepted(lambda: original.smooth_labels(labels, alpha))
   count = jnp.maximum(jnp.sum(jnp.asarray(where), axis, keepdims=True), 1)
   share = (1 / count).astype(jnp.result_type(labels))
   alpha = jnp.asarray(alpha)
