@@ -1,0 +1,444 @@
+"""Audits of all losses of a package, and of anyone's own loss."""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import optax_masking
+from optax_masking.testing import CLAUSES, Finding, MaskCase, Report, check_case
+
+TARGETS = {"optax": optax.losses, "optax_masking": optax_masking.losses}
+
+# Only values: whether a mask means what it says needs no derivative.
+_MEANING: dict[str, Any] = {
+  "derivatives": ("value", "vjp"),
+  "transforms": ("jit",),
+  "masks": ("given", "rows"),
+}
+
+
+_HALF_PRECISION: dict[str, Any] = {
+  "dtypes": ("bfloat16", "float16"),
+  "transforms": ("jit",),
+  "samples": 6,
+}
+_QUICK: dict[str, Any] = {
+  "derivatives": ("value", "vjp"),
+  "transforms": ("jit",),
+  "samples": 6,
+}
+_SQUARES = ((4, 4), (4, 4, 3))
+
+
+class TargetError(ValueError):
+  """A target that can't be audited, for a reason that its user can mend."""
+
+
+# Data of every kind that losses take, for a shape.
+
+
+def _logits(rng, shape):
+  return 2 * rng.normal(size=shape)
+
+
+def _labels(rng, shape):
+  return rng.uniform(0.1, 0.9, shape)
+
+
+def _large_labels(rng, shape):
+  return rng.uniform(0.4, 0.9, shape)  # For their squares, in float16.
+
+
+def _probabilities(rng, shape):
+  x = rng.uniform(0.5, 2, shape)
+  return x / x.sum(-1, keepdims=True)
+
+
+def _log_probabilities(rng, shape):
+  return np.log(_probabilities(rng, shape))
+
+
+def _signs(rng, shape):
+  return rng.choice([-1.0, 1.0], shape)
+
+
+def _binary(rng, shape):
+  return rng.integers(0, 2, shape).astype("int32")
+
+
+def _index(rng, shape):
+  return rng.integers(0, shape[-1], shape[:-1]).astype("int32")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """How to call a loss: what its arguments hold, and their shapes.
+
+  `adapt` makes of the function that Optax has one of arrays and `where` alone.
+  `examples` is the shape of a mask with one entry an example, None if the loss
+  has no such masks.
+  """
+
+  data: tuple[Callable[..., np.ndarray], ...]
+  shape: tuple[int, ...] = (4, 5)
+  examples: tuple[int, ...] | None = (4,)
+  adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda loss: loss
+  elementwise: bool = False
+  axes: Mapping[str, tuple[int | None, ...] | None] | None = None
+  skip: tuple[str, ...] = ()
+
+
+def _ranking(loss):
+  def lists(logits, labels, weights, **keywords):
+    return loss(logits, labels, weights=weights, reduce_fn=None, **keywords)
+
+  return lists
+
+
+def _fenchel_young(make):
+  return make(jax.nn.logsumexp)
+
+
+def _ntxent(loss):
+  def embeddings_of_groups(embeddings, **keywords):
+    groups = np.arange(len(embeddings)) % 2
+    return loss(embeddings, groups, **keywords)
+
+  return embeddings_of_groups
+
+
+def _ctc(loss):
+  def sequences(logits, **keywords):
+    paddings = np.zeros(logits.shape[:2])
+    labels = np.array([[1, 2], [2, 1]])
+    result = loss(logits, paddings, labels, np.zeros((2, 2)), **keywords)
+    return result[0] if isinstance(result, tuple) else result
+
+  return sequences
+
+
+_element = functools.partial(_Row, elementwise=True)
+_image = functools.partial(_Row, shape=(2, 4, 3), examples=(2, 4))
+_sequence = functools.partial(
+  _Row,
+  (_logits,),
+  shape=(2, 5, 3),
+  examples=(2, 5),
+  adapt=_ctc,
+  skip=("compaction",),  # Of classes: they are named in the other arguments.
+  axes={"return": (0,)},
+)
+
+_ROWS = {
+  "binary_dice_loss": _Row(
+    (_logits, _labels), examples=None, axes={"return": (0,)}
+  ),
+  "convex_kl_divergence": _Row((_logits, _labels)),
+  "cosine_distance": _Row((_logits, _logits)),
+  "cosine_similarity": _Row((_logits, _logits)),
+  "ctc_loss": _sequence(),
+  "ctc_loss_with_forward_probs": _sequence(),
+  "dice_loss": _image((_logits, _labels)),
+  "generalized_kl_divergence": _Row((_logits, _labels)),
+  "hinge_loss": _element((_logits, _signs)),
+  "huber_loss": _element((_logits, _logits)),
+  "kl_divergence": _Row((_log_probabilities, _probabilities)),
+  "kl_divergence_with_log_targets": _Row(
+    (_log_probabilities, _log_probabilities)
+  ),
+  "l2_loss": _element((_logits, _logits)),
+  "log_cosh": _element((_logits, _logits)),
+  "make_fenchel_young_loss": _Row((_logits, _labels), adapt=_fenchel_young),
+  "multiclass_generalized_dice_loss": _image((_logits, _large_labels)),
+  "multiclass_hinge_loss": _Row((_logits, _index)),
+  "multiclass_perceptron_loss": _Row((_logits, _index)),
+  "multiclass_sparsemax_loss": _Row((_logits, _index)),
+  "ntxent": _Row((_logits,), adapt=_ntxent),
+  "perceptron_loss": _element((_logits, _signs)),
+  "poly_loss_cross_entropy": _Row((_logits, _labels)),
+  "ranking_softmax_loss": _Row((_logits, _labels, _labels), adapt=_ranking),
+  "safe_softmax_cross_entropy": _Row((_logits, _labels)),
+  "sigmoid_binary_cross_entropy": _element((_logits, _labels)),
+  "sigmoid_focal_loss": _element((_logits, _labels)),
+  "smooth_labels": _Row((_labels, _labels)),
+  "softmax_cross_entropy": _Row((_logits, _labels)),
+  "softmax_cross_entropy_with_integer_labels": _Row((_logits, _index)),
+  "sparsemax_loss": _element((_logits, _binary)),
+  "squared_error": _element((_logits, _logits)),
+  "triplet_margin_loss": _Row((_logits, _logits, _logits)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """A loss of a target, with the cases that it is checked in.
+
+  A loss may refuse the masks of `refusable` cases. `lacking` is a reason not to
+  check any.
+  """
+
+  target: str
+  name: str
+  cases: tuple[MaskCase, ...] = ()
+  refusable: tuple[MaskCase, ...] = ()
+  lacking: str | None = None
+
+
+def losses_of(target: str, names: Iterable[str] = ()) -> list[Loss]:
+  """Finds the losses of a target.
+
+  Args:
+    target: `"optax"`, `"optax_masking"` or `"package.module:name"`, where the
+      name is that of a loss, a `MaskCase`, a sequence of these, or a function
+      without arguments that returns them.
+    names: Which of the losses; by default all.
+
+  Returns:
+    The losses, in the order of their names.
+
+  Raises:
+    TargetError: If there is no such target or loss, or if the arguments of a
+      loss can't be guessed.
+  """
+  if target in TARGETS:
+    losses = [_of_optax(target, name) for name in _names(TARGETS[target])]
+  else:
+    losses = _of_anyone(target)
+  wanted = set(names)
+  unknown = wanted - {loss.name for loss in losses}
+  if unknown:
+    raise TargetError(
+      f"{target} has no loss {', '.join(sorted(unknown))}. It has"
+      f" {', '.join(loss.name for loss in losses)}."
+    )
+  return [loss for loss in losses if not wanted or loss.name in wanted]
+
+
+def _names(module: Any) -> list[str]:
+  return [
+    name
+    for name in sorted(vars(module))
+    if not name.startswith("_") and inspect.isfunction(vars(module)[name])
+  ]
+
+
+def _of_optax(target: str, name: str) -> Loss:
+  function = getattr(TARGETS[target], name)
+  row = _ROWS.get(name)
+  if row is None:  # One that is newer than this audit.
+    try:
+      return _guessed(target, name, function)
+    except TargetError as error:
+      return Loss(target, name, lacking=str(error))
+  if row.adapt(function) is function and not _takes(function, "where"):
+    return Loss(target, name, lacking="takes no `where`")
+  loss = row.adapt(function)
+  axes = row.axes or {}
+
+  def case(shape, where_shape, **options):
+    rng = np.random.default_rng(sum(map(ord, name)))
+    args = [_in_float32(make(rng, shape)) for make in row.data]
+    return MaskCase(loss, *args, where=_mask(where_shape), name=name, **options)
+
+  reference = None
+  if target != "optax":
+    reference = row.adapt(getattr(optax.losses, name))
+  main = {"axes": axes, "reference": reference, "skip": row.skip}
+  cases = [
+    case(row.shape, row.shape, **main, dtypes=("float32",)),
+    case(row.shape, row.shape, **main, **_HALF_PRECISION),
+  ]
+  refusable = []
+  if row.examples is not None:
+    of_examples = {
+      **_MEANING,
+      "axes": {**axes, "where": tuple(range(len(row.examples)))},
+    }
+    if row.elementwise:  # It has examples where it is summed over an axis.
+      of_examples["axis"] = -1
+    cases.append(case(row.shape, row.examples, **of_examples))
+    if len(row.examples) == 1 and len(row.data) > 1:
+      # Masks that fit another axis by chance.
+      refusable = [case(shape, (4,), **of_examples) for shape in _SQUARES]
+  return Loss(target, name, tuple(cases), tuple(refusable))
+
+
+def _in_float32(x: np.ndarray) -> np.ndarray:
+  return x if x.dtype.kind == "i" else x.astype("float32")
+
+
+def _mask(shape: tuple[int, ...]) -> np.ndarray:
+  where = np.random.default_rng(5).uniform(size=shape) < 0.6
+  where.flat[0], where.flat[-1] = True, False
+  return where
+
+
+def _takes(function: Callable[..., Any], keyword: str) -> bool:
+  parameters = inspect.signature(function).parameters
+  return keyword in parameters or any(
+    p.kind is p.VAR_KEYWORD for p in parameters.values()
+  )
+
+
+def _of_anyone(target: str) -> list[Loss]:
+  module_name, colon, attribute = target.partition(":")
+  if not colon or not module_name or not attribute:
+    raise TargetError(
+      f"{target!r} is no target. Write optax, optax_masking, or"
+      " package.module:name of a loss."
+    )
+  if os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
+  try:
+    found: Any = importlib.import_module(module_name)
+    for part in attribute.split("."):
+      found = getattr(found, part)
+  except (ImportError, AttributeError) as error:
+    raise TargetError(f"{target} can't be imported: {error}") from error
+  if inspect.isfunction(found) and not inspect.signature(found).parameters:
+    found = found()
+  if isinstance(found, MaskCase):
+    found = [found]
+  if isinstance(found, list | tuple):
+    if not found or not all(isinstance(case, MaskCase) for case in found):
+      raise TargetError(f"{target} is no loss, and no sequence of MaskCase.")
+    named: dict[str, list[MaskCase]] = {}
+    for case in found:
+      named.setdefault(case.name, []).append(case)
+    return [Loss(target, name, tuple(cases)) for name, cases in named.items()]
+  if not callable(found):
+    raise TargetError(
+      f"{target} is {type(found).__name__}, not a loss or a MaskCase."
+    )
+  return [_guessed(target, attribute, found)]
+
+
+def _guessed(target: str, name: str, function: Callable[..., Any]) -> Loss:
+  """A loss with arguments that it runs with."""
+  try:
+    parameters = inspect.signature(function).parameters
+  except (TypeError, ValueError) as error:
+    raise TargetError(f"{target} has no signature: {error}") from error
+  masks = [m for m in ("where", "mask") if m in parameters]
+  if not masks:
+    return Loss(target, name, lacking="takes no `where`")
+  required = [
+    p
+    for p in parameters.values()
+    if p.default is p.empty
+    and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    and p.name != masks[0]
+  ]
+  integers = ("label", "index", "indices", "class", "ids")
+  kinds = [
+    (_index, _labels)
+    if any(i in p.name for i in integers)
+    else (_labels, _index)
+    for p in required
+  ]
+  errors = []
+  for makes in itertools.product(*kinds):
+    if not any(make is _labels for make in makes):
+      continue
+    for where_shape in ((4, 5), (4,)):
+      rng = np.random.default_rng(0)
+      arrays = [_in_float32(make(rng, (4, 5))) for make in makes]
+      where = _mask(where_shape)
+      args = [
+        a
+        for a, p in zip(arrays, required, strict=True)
+        if p.kind is not p.KEYWORD_ONLY
+      ]
+      keywords = {
+        p.name: a
+        for a, p in zip(arrays, required, strict=True)
+        if p.kind is p.KEYWORD_ONLY
+      }
+      try:
+        result = function(*args, **keywords, **{masks[0]: where})
+        if np.issubdtype(np.asarray(result).dtype, np.floating):
+          case = MaskCase(
+            function,
+            *args,
+            where=where,
+            name=name,
+            where_name=masks[0],
+            **keywords,
+          )
+          return Loss(target, name, (case,))
+      except Exception as error:
+        errors.append(f"{type(error).__name__}: {str(error).splitlines()[:1]}")
+  raise TargetError(
+    f"No arguments could be guessed for {target}: it runs on none of the shapes"
+    " (4, 5) and (4,) with a mask of these. Name a MaskCase instead, or a"
+    f" sequence of them. With the first guess: {errors[0] if errors else ''}"
+  )
+
+
+def check(loss: Loss, quick: bool = False) -> Report:
+  """Checks a loss in all of its cases."""
+  start = time.perf_counter()
+  if loss.lacking is not None:
+    finding = Finding("accepts", f"{loss.name} {loss.lacking}.")
+    reasons = dict.fromkeys(CLAUSES, loss.lacking)
+    clauses = {**reasons, "accepts": "broken"}
+    return Report(loss.name, (finding,), clauses, 1, 0.0)
+  options = _QUICK if quick else {}
+  cases = loss.cases[:1] if quick else loss.cases
+  reports = [check_case(case, **options) for case in cases]
+  for case in loss.refusable:
+    try:
+      case.loss_fn(
+        *case.args,
+        where=case.where,
+        **{k: v for k, v in case.options.items() if k == "axis"},
+      )
+    except (TypeError, ValueError):
+      continue
+    reports.append(check_case(case))
+  return merged(loss.name, reports, time.perf_counter() - start)
+
+
+def merged(name: str, reports: list[Report], seconds: float) -> Report:
+  """The reports of one loss in several cases as one."""
+  findings: dict[str, Finding] = {}
+  for finding in itertools.chain(*(report.findings for report in reports)):
+    known = findings.get(finding.key)
+    if known is None:
+      findings[finding.key] = finding
+    else:
+      cases = known.cases + finding.cases
+      findings[finding.key] = dataclasses.replace(known, cases=cases)
+  clauses: dict[str, str] = {}
+  for clause in CLAUSES:
+    told = [r.clauses[clause] for r in reports if clause in r.clauses]
+    if told:
+      best = (state for state in ("broken", "kept") if state in told)
+      clauses[clause] = next(best, told[0])
+  order = list(CLAUSES)
+  return Report(
+    name,
+    tuple(sorted(findings.values(), key=lambda f: order.index(f.clause))),
+    clauses,
+    sum(report.cases for report in reports),
+    seconds,
+  )
+
+
+def audited(
+  losses: Iterable[Loss], quick: bool = False
+) -> Iterator[tuple[Loss, Report]]:
+  """Checks losses, one after the other."""
+  for loss in losses:
+    yield loss, check(loss, quick)

@@ -1,0 +1,13 @@
+"""Checks of the mask contract, for any loss."""
+
+from optax_masking.testing._api import (
+  assert_mask_safe as assert_mask_safe,
+  check_case as check_case,
+  check_mask_safe as check_mask_safe,
+)
+from optax_masking.testing._case import MaskCase as MaskCase
+from optax_masking.testing._report import (
+  CLAUSES as CLAUSES,
+  Finding as Finding,
+  Report as Report,
+)

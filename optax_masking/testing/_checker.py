@@ -1,0 +1,1325 @@
+"""The mask contract as checks of any loss."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_masking.testing import _trace
+from optax_masking.testing._case import DERIVATIVES, Problem, name_of
+from optax_masking.testing._compaction import Compact, compactions
+from optax_masking.testing._masks import (
+  few_of_each_kind,
+  masks,
+  poisons,
+  spread,
+)
+from optax_masking.testing._program import (
+  PARTS,
+  Quantity,
+  cotangent,
+  program,
+  quantities,
+)
+from optax_masking.testing._report import CLAUSES, Finding, Report
+
+# The rounding that two programs of the same numbers may differ by.
+_ROUNDINGS = 32.0
+# How many numbers a batch of poisoned arrays may have.
+_BATCH = 2**21
+
+
+class Findings:
+  """What was found so far, one example of each kind, and what was tried."""
+
+  def __init__(self, skip: Sequence[str]):
+    self.skip = frozenset(skip)
+    self.found: dict[str, Finding] = {}
+    self.tried: set[str] = set()
+    self.reasons: dict[str, str] = {}
+    self.cases = 0
+
+  def wants(self, clause: str) -> bool:
+    return clause not in self.skip
+
+  def add(
+    self, clause: str, describe: Callable[[], dict[str, Any]], **facts: Any
+  ) -> bool:
+    """Counts a failing case; describes it if it is the first of its kind."""
+    if not self.wants(clause):
+      return False
+    self.tried.add(clause)
+    finding = Finding(clause, "", **facts)
+    known = self.found.get(finding.key)
+    if known is not None:
+      self.found[finding.key] = dataclasses.replace(
+        known, cases=known.cases + 1
+      )
+      return False
+    self.found[finding.key] = dataclasses.replace(finding, **describe())
+    return True
+
+  def report(self, name: str, seconds: float) -> Report:
+    order = list(CLAUSES)
+    findings = sorted(self.found.values(), key=lambda f: order.index(f.clause))
+    broken = {finding.clause for finding in findings}
+    clauses = {}
+    for clause in CLAUSES:
+      if not self.wants(clause):
+        continue
+      if clause in broken:
+        clauses[clause] = "broken"
+      elif clause in self.tried:
+        clauses[clause] = "kept"
+      else:
+        clauses[clause] = self.reasons.get(clause, "nothing to try it on")
+    return Report(name, tuple(findings), clauses, self.cases, seconds)
+
+
+def _number(x: Any) -> str:
+  return f"{float(x):.6g}"
+
+
+def _at(index: Sequence[int]) -> str:
+  return f" at {list(map(int, index))}" if len(index) else ""
+
+
+def _error(error: BaseException) -> str:
+  lines = str(error).strip().splitlines() or [""]
+  text = lines[0] if len(lines[0]) < 300 else lines[0][:300] + "..."
+  return f"{type(error).__name__}: {text}"
+
+
+class Checker:
+  """The checks of a loss on the data of one dtype."""
+
+  def __init__(self, problem: Problem, findings: Findings):
+    self.problem = problem
+    self.findings = findings
+    self.options = problem.options
+    self.dtype = problem.arguments[problem.floats[0]].value.dtype.name
+    self.epsilon = max(
+      float(jnp.finfo(problem.arguments[f].value.dtype).eps)
+      for f in problem.floats
+    )
+    rng = np.random.default_rng(0)
+    self.tangents = [
+      (rng.choice((-1, 1), x.shape) * rng.uniform(0.5, 1.5, x.shape)).astype(
+        x.dtype
+      )
+      for x in (problem.values[f] for f in problem.floats)
+    ]
+    self.classes = max(problem.shape, default=1)
+    self._known_roles: dict[int, str | None] = {}
+
+  def run(self) -> None:
+    """Runs all checks."""
+    problem, findings = self.problem, self.findings
+    try:
+      self.result = self._shape_of_result(
+        problem.call(problem.values, where=problem.where)
+      )
+    except _NotALoss as error:
+      raise TypeError(str(error)) from None
+    except Exception as error:
+      findings.add(
+        "accepts", self._refusal(error), transform="eager", dtype=self.dtype
+      )
+      for clause in CLAUSES:
+        findings.reasons[clause] = "the loss does not run with the mask"
+      return
+    self.axes = problem.axes_of_result(self.result.shape)
+    findings.tried.add("accepts")
+    self._replace_what_is_not_finite()
+    self.values = problem.values
+    self.unmasked = self._unmasked()
+    self.compiled = bool({"jit", "vmap"} & set(self.options.transforms))
+    self.parts = self._parts()
+    if not self.parts:
+      return
+    self.quantities = quantities(self.parts, problem.floats)
+    self.derivatives = len({q.derivative for q in self.quantities})
+    plain = program(problem.call, self.parts, problem.floats)
+    self._evaluate = jax.jit(plain) if self.compiled else plain
+    self.masks = masks(problem)
+    # How numbers that two programs compute may differ: by roundings of these.
+    self.everything = np.ones(problem.where.shape, bool)
+    self.usual = self.evaluate(self.values, self.everything)
+    self.clean = {
+      name: self.evaluate(self.values, where)
+      for name, where in self.masks.items()
+    }
+    for name, where in self.masks.items():
+      self._check_clean(name, where)
+      self._check_poisons(name, where)
+    self._check_compaction()
+    self._check_identity()
+    self._check_honesty()
+    self._check_arithmetic()
+    if "vmap" in self.options.transforms:
+      self._check_vmap()
+    if "eager" in self.options.transforms and self.compiled:
+      self._check_runs_on_poison()
+      self._check_eager()
+
+  # What the checks are made of.
+
+  def evaluate(
+    self, values: Sequence[Any], where: np.ndarray, tangents: Any = None
+  ) -> list[np.ndarray]:
+    """All quantities, counted as so many cases as there are derivatives."""
+    self.findings.cases += self.derivatives
+    tangents = self.tangents if tangents is None else tangents
+    return jax.device_get(self._evaluate(values, tangents, where=where))
+
+  def _shape_of_result(self, result: Any) -> jax.ShapeDtypeStruct:
+    dtype = getattr(result, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+      returned = (
+        f"an array of {dtype}" if dtype is not None else f"{type(result)}"
+      )
+      raise _NotALoss(
+        f"{name_of(self.problem.loss_fn)} returned {returned}, not one floating"
+        " array. Wrap it in a function that returns the loss alone."
+      )
+    return jax.ShapeDtypeStruct(result.shape, dtype)
+
+  def _refusal(self, error: BaseException) -> Callable[[], dict[str, Any]]:
+    where = self.problem.where
+
+    def describe():
+      return {
+        "message": (
+          f"The loss does not take a mask of shape {where.shape}:"
+          f" {_error(error)}"
+        ),
+        "mask": "as given",
+        "where": where.tolist(),
+        "got": _error(error),
+      }
+
+    return describe
+
+  def _replace_what_is_not_finite(self) -> None:
+    """Gives numbers to what padding holds, for the masks that include it."""
+    problem = self.problem
+    for i, a in enumerate(problem.arguments):
+      masked = problem.masked(problem.where, i)
+      kept = a.value[~masked]
+      if a.floating:
+        if not np.isfinite(kept).all():
+          raise ValueError(
+            f"`{a.name}` has a NaN or an infinity that is included. Call with"
+            " data that are finite where `where` is True."
+          )
+        broken = masked & ~np.isfinite(a.value)
+      elif a.value.dtype == bool or not masked.any():
+        continue
+      else:
+        kept = kept if kept.size else np.zeros(1, a.value.dtype)
+        broken = masked & ((a.value < kept.min()) | (a.value > kept.max()))
+      problem.replace(i, broken)
+    try:
+      everything = np.ones(problem.where.shape, bool)
+      value = problem.call(problem.values, where=everything)
+      if not np.isfinite(np.asarray(value)).all():
+        for i, a in enumerate(problem.arguments):
+          if a.floating:
+            problem.replace(i, problem.masked(problem.where, i))
+    except Exception:  # What it refuses is found below.
+      return
+
+  def _unmasked(self) -> Callable[..., Any] | None:
+    """The loss without a mask, if there is a way to call it."""
+    problem = self.problem
+    candidates: list[Callable[..., Any]] = [
+      functools.partial(problem.call, where=None),
+      problem.call,
+    ]
+    if self.options.reference is not None:
+      candidates = [problem.call_reference]
+    reason = ""
+    for call in candidates:
+      run = program(call, ["value", "vjp"], problem.floats)
+      try:
+        value, *_ = jax.eval_shape(run, problem.values, self.tangents)
+        if value.shape == self.result.shape:
+          return call
+        reason = f"it returns the shape {value.shape}"
+      except Exception as error:
+        reason = reason or _error(error)
+    self.findings.reasons["identity"] = (
+      f"the loss can't be called without a mask: {reason}"
+    )
+    return None
+
+  def _parts(self) -> list[str]:
+    """The parts of the program that can be computed."""
+    problem, findings = self.problem, self.findings
+    floats, parts = problem.floats, []
+    failed: set[str] = set()
+    for derivative in DERIVATIVES:
+      if derivative not in ("value", *self.options.derivatives):
+        continue
+      for part in PARTS[derivative]:
+        single = program(problem.call, [part], floats)
+        try:
+          if self.compiled:
+            jax.eval_shape(
+              single, problem.values, self.tangents, where=problem.where
+            )
+          else:
+            single(problem.values, self.tangents, where=problem.where)
+          parts.append(part)
+        except Exception as error:
+          text = _error(error)
+          if text in failed:  # The same, by way of another derivative.
+            continue
+          failed.add(text)
+          how = "under jit" if self.compiled else "eagerly"
+          facts = {
+            "message": f"The {part} can't be computed {how}: {text}",
+            "mask": "as given",
+            "where": problem.where.tolist(),
+            "got": text,
+          }
+          findings.add(
+            "transforms",
+            functools.partial(dict, facts),
+            derivative=derivative,
+            transform="jit" if self.compiled else "eager",
+            dtype=self.dtype,
+          )
+          if part == "value":
+            for clause in CLAUSES:
+              findings.reasons[clause] = f"the loss does not run {how}"
+            return []
+    return parts
+
+  def add(
+    self,
+    clause: str,
+    quantity: Quantity,
+    describe: Callable[[], dict[str, Any]],
+    argument: int | None = None,
+    transform: str | None = None,
+  ) -> bool:
+    names = [a.name for a in self.problem.arguments]
+    return self.findings.add(
+      clause,
+      describe,
+      argument=None if argument is None else names[argument],
+      derivative=quantity.derivative,
+      wrt=None if quantity.wrt is None else names[quantity.wrt],
+      transform=transform or ("jit" if self.compiled else "eager"),
+      dtype=self.dtype,
+    )
+
+  def what(self, quantity: Quantity, index: Sequence[int]) -> str:
+    """A quantity at an index, in words."""
+    text = quantity.what
+    if quantity.wrt is not None:
+      name = self.problem.arguments[quantity.wrt].name
+      text += f" with respect to `{name}`"
+    return text + _at(index)
+
+  def facts(
+    self, name: str, where: np.ndarray, got: Any, expected: Any
+  ) -> dict[str, Any]:
+    return {
+      "mask": name,
+      "where": where.tolist() if where.size <= 256 else None,
+      "got": _number(got),
+      "expected": _number(expected),
+    }
+
+  def examples_left(self, where: np.ndarray) -> np.ndarray:
+    """Which entries of the loss have anything included."""
+    if self.axes is None:
+      return np.broadcast_to(where.any(), self.result.shape)
+    return self.problem.included(where, self.result.shape, self.axes)
+
+  # The checks.
+
+  def _check_clean(self, name: str, where: np.ndarray) -> None:
+    """On clean data: zeros where the contract has zeros."""
+    problem, clean = self.problem, self.clean[name]
+    left = self.examples_left(where)
+    for quantity, got in zip(self.quantities, clean, strict=True):
+      if quantity.wrt is None and not quantity.again:
+        self._check_zero(
+          "empty",
+          quantity,
+          got,
+          ~left,
+          name,
+          where,
+          "with nothing included",
+        )
+      elif quantity.wrt is not None:
+        masked = problem.masked(where, quantity.wrt)
+        self._check_zero(
+          "zero_gradient",
+          quantity,
+          got,
+          masked,
+          name,
+          where,
+          "which is masked",
+          argument=quantity.wrt,
+        )
+    if not where.any():
+      for quantity, got in zip(self.quantities, clean, strict=True):
+        if quantity.wrt is not None:
+          self._check_zero(
+            "empty",
+            quantity,
+            got,
+            ~problem.masked(where, quantity.wrt),
+            name,
+            where,
+            "with nothing included",
+            argument=quantity.wrt,
+          )
+    self._check_masked_labels(name, where, left)
+    self._check_same(
+      "transforms",
+      name,
+      where,
+      lambda values: [
+        (quantity, got, clean[0])
+        for quantity, got in zip(self.quantities, clean, strict=True)
+        if quantity.again
+      ],
+      "Under differentiation, {what} is {got}; by itself it is {expected}.",
+    )
+    for argument in problem.floats:
+      masked = problem.masked(where, argument)
+      if not masked.any() or not {"jvp", "hessian"} & {
+        q.derivative for q in self.quantities
+      }:
+        continue
+      tangents = [
+        np.where(masked, t, 0).astype(t.dtype) if f == argument else 0 * t
+        for f, t in zip(problem.floats, self.tangents, strict=True)
+      ]
+      results = self.evaluate(self.values, where, tangents)
+      for quantity, got in zip(self.quantities, results, strict=True):
+        if quantity.what == "the tangent" or quantity.derivative == "hessian":
+          self._check_zero(
+            "zero_gradient",
+            quantity,
+            got,
+            np.ones(got.shape, bool),
+            name,
+            where,
+            "in the direction of the masked elements of"
+            f" `{problem.arguments[argument].name}` alone",
+            argument=argument,
+            values=self.values,
+          )
+
+  def _check_zero(
+    self,
+    clause: str,
+    quantity: Quantity,
+    got: np.ndarray,
+    region: np.ndarray,
+    name: str,
+    where: np.ndarray,
+    why: str,
+    argument: int | None = None,
+    values: Any = None,
+  ) -> None:
+    if not region.any():
+      return
+    self.findings.tried.add(clause)
+    wrong = region & ~(got == 0)
+    if not wrong.any():
+      return
+    index = tuple(map(int, np.argwhere(wrong)[0]))
+
+    def describe():
+      return {
+        "message": (
+          f"On clean data, {self.what(quantity, index)}, {why}, is"
+          f" {_number(got[index])}, not 0."
+        ),
+        "element": index if argument == quantity.wrt is not None else None,
+        **self.facts(name, where, got[index], 0),
+        **self.blame(quantity, got[index], values or self.values, where),
+      }
+
+    self.add(clause, quantity, describe, argument)
+
+  def _check_masked_labels(
+    self, name: str, where: np.ndarray, left: np.ndarray
+  ) -> None:
+    """An example whose own class is masked has no target left."""
+    problem = self.problem
+    rank = len(problem.shape)
+    for i, a in enumerate(problem.arguments):
+      lacking = [k for k in range(rank) if k not in a.axes]
+      batch = tuple(k for k in range(rank) if k not in lacking)
+      if (
+        not jnp.issubdtype(a.value.dtype, jnp.integer)
+        or len(lacking) != 1
+        or a.axes != batch
+        or self.axes != batch
+        or self._roles(lacking[0]) != "class"
+      ):
+        continue
+      (axis,) = lacking
+      full = np.moveaxis(problem.full(where), axis, -1)
+      target = np.take_along_axis(full, a.value[..., None], -1)[..., 0]
+      lost = ~np.broadcast_to(target, left.shape) & left
+      if not lost.any():
+        continue
+      for quantity, got in zip(self.quantities, self.clean[name], strict=True):
+        if quantity.again:
+          continue
+        region = lost
+        if quantity.wrt is not None:
+          own = problem.arguments[quantity.wrt]
+          if own.axes == tuple(range(rank)):
+            region = np.expand_dims(lost, axis)
+          elif own.axes != batch:
+            continue
+          region = np.broadcast_to(region, got.shape)
+        self._check_zero(
+          "masked_label",
+          quantity,
+          got,
+          region,
+          name,
+          where,
+          f"of an example whose own class, in `{a.name}`, is masked",
+          argument=i if quantity.wrt is None else quantity.wrt,
+        )
+
+  def _check_poisons(self, name: str, where: np.ndarray) -> None:
+    """Clauses 1 and 2: what masked elements hold changes nothing."""
+    for argument, poison, held in self.poisonings(where):
+      values = self.poisoned(where, argument, held)
+      got = self.evaluate(values, where)
+      self._compare(name, where, argument, poison, held, self.clean[name], got)
+
+  def poisonings(
+    self, where: np.ndarray
+  ) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Each argument with something masked, and each poison for it."""
+    for i, a in enumerate(self.problem.arguments):
+      if self.problem.masked(where, i).any():
+        for poison, held in poisons(a.value.dtype, self.classes).items():
+          yield i, poison, held
+
+  def poisoned(
+    self,
+    where: np.ndarray,
+    argument: int,
+    held: np.ndarray,
+    element: tuple[int, ...] | None = None,
+  ) -> list[np.ndarray]:
+    """The data with a poison in what is masked, or in one element of it."""
+    values = list(self.values)
+    replaced = np.array(values[argument])
+    if element is None:
+      replaced[self.problem.masked(where, argument)] = held
+    else:
+      replaced[element] = held
+    values[argument] = replaced
+    return values
+
+  def _compare(
+    self,
+    name: str,
+    where: np.ndarray,
+    argument: int,
+    poison: str,
+    held: np.ndarray,
+    clean: list[np.ndarray],
+    got: list[np.ndarray],
+    transform: str | None = None,
+    at: Sequence[int] | None = None,
+  ) -> None:
+    """Compares results with and without a poison."""
+    problem = self.problem
+    listed = self.quantities if at is None else [self.quantities[i] for i in at]
+    wrong_value = False
+    self.findings.tried.update(("invariance", "zero_gradient"))
+    named = problem.arguments[argument].name
+    for quantity, before, after in zip(listed, clean, got, strict=True):
+      wrong = ~((after == before) | np.isnan(before))
+      if not wrong.any() or (quantity.again and wrong_value):
+        continue
+      wrong_value |= quantity.part == "value"
+      masked = np.zeros(wrong.shape, bool)
+      if quantity.wrt is not None:
+        masked = problem.masked(where, quantity.wrt)
+      for clause, region in (
+        ("invariance", wrong & ~masked),
+        ("zero_gradient", wrong & masked & ~(after == 0)),
+      ):
+        if not region.any():
+          continue
+        index = tuple(map(int, np.argwhere(region)[0]))
+
+        def describe(
+          quantity=quantity,
+          before=before,
+          after=after,
+          clause=clause,
+          index=index,
+        ):
+          element = self._culprit(
+            where, argument, held, quantity, index, transform
+          )
+          holds = f"`{named}` holds {poison}" + (
+            f"{_at(element)}, which is masked"
+            if element is not None
+            else " where it is masked"
+          )
+          changed = self.what(quantity, index)
+          message = f"When {holds}, {changed} becomes {_number(after[index])};"
+          message += f" with clean data it is {_number(before[index])}."
+          if clause == "zero_gradient":
+            message = (
+              f"When {holds}, {changed}, which is masked, is"
+              f" {_number(after[index])}, not 0."
+            )
+          return {
+            "message": message,
+            "element": element,
+            "poison": poison,
+            **self.facts(
+              name,
+              where,
+              after[index],
+              0 if clause == "zero_gradient" else before[index],
+            ),
+            **self.blame(
+              quantity,
+              after[index],
+              self.poisoned(where, argument, held, element),
+              where,
+              against=self.values,
+            ),
+          }
+
+        if (
+          self.add(clause, quantity, describe, argument, transform)
+          and transform
+        ):
+          # It was not found under jit.
+          self.add("transforms", quantity, describe, argument, transform)
+
+  def _culprit(
+    self,
+    where: np.ndarray,
+    argument: int,
+    held: np.ndarray,
+    quantity: Quantity,
+    index: tuple[int, ...],
+    transform: str | None,
+  ) -> tuple[int, ...] | None:
+    """A masked element that does the harm alone, if one does."""
+    masked = np.argwhere(self.problem.masked(where, argument))
+    elements = [tuple(map(int, e)) for e in masked]
+    if len(elements) == 1:
+      return elements[0]
+    if transform is not None:
+      return None
+    position = self.quantities.index(quantity)
+    clean = self.evaluate(self.values, where)[position]
+    for i in spread(len(elements), 64):
+      values = self.poisoned(where, argument, held, elements[i])
+      got = self.evaluate(values, where)[position]
+      if not (got[index] == clean[index] or np.isnan(clean[index])):
+        return elements[i]
+    return None
+
+  def _check_compaction(self) -> None:
+    """Clause 3: the loss of the data without what is masked."""
+    if not self.findings.wants("compaction"):
+      return
+
+    def smaller(values, where):
+      return list(
+        compactions(
+          self.problem, values, where, self.axes, self._roles, self._separate
+        )
+      )
+
+    for name, where in self.masks.items():
+      for i, compact in enumerate(smaller(self.values, where)):
+        try:
+          value, *_ = self._evaluate_compact(compact)
+        except Exception as error:
+          self.findings.reasons.setdefault(
+            "compaction", f"the loss does not take less data: {_error(error)}"
+          )
+          continue
+        if value.shape != compact.left_of_result(self.clean[name][0]).shape:
+          self.findings.reasons.setdefault(
+            "compaction", "the loss has a shape that its axes do not explain"
+          )
+          continue
+
+        size = _written_size(self.unmasked or self.problem.call, compact, self)
+        if size is not None:
+          self.findings.reasons.setdefault(
+            "compaction", f"the loss is written for data of the size {size}"
+          )
+          continue
+
+        def compared(values, where=where, i=i):
+          return self._compact_pairs(smaller(values, where)[i], values, where)
+
+        self._check_same(
+          "compaction",
+          name,
+          where,
+          compared,
+          "Of what the mask leaves, {what} is {got}; with the masked elements"
+          " removed from the data it is {expected}.",
+        )
+
+  def _evaluate_compact(self, compact: Compact) -> list[np.ndarray]:
+    """The value and the gradients of the loss of less data."""
+    weights = cotangent(self.result.shape, self.result.dtype)
+    keywords = {} if self.unmasked else {"where": compact.where}
+    tangents = [compact.values[f] for f in self.problem.floats]
+    value, _, *gradients = jax.device_get(
+      self._plain(
+        compact.values, tangents, compact.left_of_result(weights), **keywords
+      )
+    )
+    self.findings.cases += 2
+    return [value, *gradients]
+
+  def _compact_pairs(
+    self, compact: Compact, values: Sequence[np.ndarray], where: np.ndarray
+  ) -> list[tuple[Quantity, np.ndarray, np.ndarray]]:
+    value, *gradients = self._evaluate_compact(compact)
+    results = self.evaluate(values, where)
+    pairs = []
+    for quantity, got in zip(self.quantities, results, strict=True):
+      if quantity.part == "value":
+        pairs.append((quantity, compact.left_of_result(got), value))
+      elif quantity.part == "vjp" and quantity.wrt is not None:
+        take = compact.left_of[quantity.wrt]
+        if take is not None:
+          gradient = gradients[self.problem.floats.index(quantity.wrt)]
+          pairs.append((quantity, take(got), gradient))
+    return pairs
+
+  @functools.cached_property
+  def _plain(self) -> Callable[..., list[jax.Array]]:
+    """The value and the gradients of the loss without a mask, compiled."""
+    call = self.unmasked or self.problem.call
+    run = program(call, ["value", "vjp"], self.problem.floats)
+    return jax.jit(run) if self.compiled else run
+
+  @functools.cached_property
+  def nearby(self) -> list[np.ndarray]:
+    """Other data, off the kinks and ties that these may be on."""
+    rng = np.random.default_rng(1)
+    return [
+      (x * rng.uniform(0.99, 1.01, x.shape)).astype(x.dtype)
+      if i in self.problem.floats
+      else x
+      for i, x in enumerate(self.values)
+    ]
+
+  def _check_same(
+    self,
+    clause: str,
+    name: str,
+    where: np.ndarray,
+    pairs: Callable[..., list[tuple[Quantity, np.ndarray, np.ndarray]]],
+    message: str,
+    transform: str | None = None,
+  ) -> None:
+    """Compares what two programs make of the same data, up to rounding.
+
+    A derivative at a kink depends on how the numbers were rounded: it has to
+    differ beside it, too.
+    """
+    self.findings.tried.add(clause)
+    beside = None
+    for i, (quantity, got, expected) in enumerate(pairs(self.values)):
+      # What is not finite without a mask is no number to compare with.
+      wrong = self._differ(got, expected, quantity) & np.isfinite(expected)
+      if not wrong.any():
+        continue
+      if quantity.wrt is not None or quantity.what == "the tangent":
+        beside = beside or pairs(self.nearby)
+        if not self._differ(beside[i][1], beside[i][2], quantity).any():
+          continue
+      index = tuple(map(int, np.argwhere(wrong)[0]))
+
+      def describe(quantity=quantity, got=got, expected=expected, index=index):
+        return {
+          "message": message.format(
+            what=self.what(quantity, index),
+            got=_number(got[index]),
+            expected=_number(expected[index]),
+          ),
+          **self.facts(name, where, got[index], expected[index]),
+          **self.blame(quantity, got[index], self.values, where),
+        }
+
+      self.add(clause, quantity, describe, quantity.wrt, transform)
+
+  def _roles(self, axis: int) -> str | None:
+    if axis not in self._known_roles:
+      self._known_roles[axis] = self._find_roles(axis)
+    return self._known_roles[axis]
+
+  def _find_roles(self, axis: int) -> str | None:
+    """What integers without an axis of the data have to do with it.
+
+    They name a class along it if moving the classes, and the names with them,
+    changes nothing, and are free of it if moving the classes alone does not.
+    """
+    problem = self.problem
+    moved, renamed = [], []
+    for a in problem.arguments:
+      if axis in a.axes:
+        x = np.roll(a.value, 1, a.axes.index(axis))
+        moved.append(x)
+        renamed.append(x)
+      else:
+        moved.append(a.value)
+        integer = jnp.issubdtype(a.value.dtype, jnp.integer)
+        names = (a.value + 1) % problem.shape[axis] if integer else a.value
+        renamed.append(names.astype(a.value.dtype))
+    for role, values in (("free", moved), ("class", renamed)):
+      result = self.evaluate(values, self.everything)[0]
+      if self.axes is not None and axis in self.axes:
+        result = np.roll(result, -1, self.axes.index(axis))
+      if not self._differ(result, self.usual[0], self.quantities[0]).any():
+        return role
+    return None
+
+  def _separate(self, axis: int) -> bool:
+    """Whether no slice along an axis changes the loss of another."""
+    problem = self.problem
+    rank = len(problem.shape)
+
+    def first(axes, shape):
+      chosen = np.zeros(shape, bool)
+      chosen[tuple(slice(None) if k == axis else 0 for k in axes)] = True
+      return chosen
+
+    tangents = [
+      np.where(first(a.axes, a.value.shape), t, 0).astype(t.dtype)
+      for a, t in zip(
+        (problem.arguments[f] for f in problem.floats),
+        self.tangents,
+        strict=True,
+      )
+    ]
+    results = self.evaluate(self.values, self.everything, tangents)
+    told = False
+    for quantity, got in zip(self.quantities, results, strict=True):
+      if quantity.what == "the tangent" and self.axes:
+        others = ~first(self.axes, got.shape)
+      elif quantity.part == "forward over reverse" and not self.axes:
+        axes = problem.arguments[quantity.wrt or 0].axes
+        if len(axes) != rank:
+          continue
+        others = ~first(axes, got.shape)
+      else:
+        continue
+      told = True
+      if np.abs(got[others]).max(initial=0) > 1e-6 * np.abs(got).max(initial=0):
+        return False
+    return told
+
+  @functools.cached_property
+  def _expected(self) -> Callable[..., list[jax.Array]]:
+    """The value and the gradients of the loss without a mask, compiled."""
+    call = self.unmasked or self.problem.call
+    run = program(call, ["value", "vjp"], self.problem.floats)
+    return jax.jit(run) if self.compiled else run
+
+  def _differ(
+    self, got: np.ndarray, expected: np.ndarray, quantity: Quantity
+  ) -> np.ndarray:
+    """Where numbers differ by more than rounding explains."""
+    got, expected = (np.asarray(x, "float64") for x in (got, expected))
+    room = _ROUNDINGS * self.epsilon * self._size(quantity)
+    room = room + _ROUNDINGS * self.epsilon * np.abs(expected)
+    return ~((np.abs(got - expected) <= room) | (got == expected))
+
+  def _size(self, quantity: Quantity) -> float:
+    """The size of the numbers that a quantity is made of.
+
+    A loss is made of terms as large as its gradient times the data, which may
+    cancel. Its gradient is as large as that, over the data.
+    """
+    arrays = {
+      q.wrt: np.abs(np.asarray(x, "float64"))
+      for q, x in zip(self.quantities, self.usual, strict=True)
+      if q.part == "vjp" or (q.part == "value" and q.wrt is None)
+    }
+    size = arrays[None].max(initial=0)
+    data = {
+      f: np.abs(np.asarray(self.values[f], "float64"))
+      for f in self.problem.floats
+    }
+    for f, x in data.items():
+      if f in arrays:
+        terms = np.nan_to_num(arrays[f] * x)
+        size = max(size, terms.sum() / max(1, arrays[None].size))
+    if quantity.wrt is None:
+      return float(size)
+    largest = data[quantity.wrt].max(initial=0)
+    own = arrays[quantity.wrt].max(initial=0)
+    return float(max(own, size / largest if largest else 0))
+
+  def _check_identity(self) -> None:
+    """Clause 5: a mask that masks nothing changes no number."""
+    problem, unmasked = self.problem, self.unmasked
+    if unmasked is None:
+      return
+    dtype = jax.eval_shape(unmasked, problem.values).dtype
+    if dtype != self.result.dtype:
+      self.findings.add(
+        "transforms",
+        lambda: {
+          "message": (
+            f"The loss has dtype {self.result.dtype} with a mask, and"
+            f" {dtype} without one."
+          ),
+          "got": str(self.result.dtype),
+          "expected": str(dtype),
+        },
+        derivative="value",
+        dtype=self.dtype,
+      )
+    self._check_program()
+
+    def compared(values):
+      tangents = [values[f] for f in problem.floats]
+      value, _, *gradients = jax.device_get(self._plain(values, tangents))
+      self.findings.cases += 2
+      expected: dict[int | None, np.ndarray] = {None: value}
+      expected.update(zip(problem.floats, gradients, strict=True))
+      return [
+        (quantity, got, expected[quantity.wrt])
+        for quantity, got in zip(
+          self.quantities, self.evaluate(values, self.everything), strict=True
+        )
+        if quantity.part in ("value", "vjp")
+      ]
+
+    self._check_same(
+      "identity",
+      "all included",
+      self.everything,
+      compared,
+      "With everything included, {what} is {got}; without a mask it is"
+      " {expected}.",
+    )
+
+  def _check_program(self) -> None:
+    """Clause 5: without a mask, the reference's own program."""
+    problem = self.problem
+    if self.options.reference is None:
+      return
+    try:
+      ours = jax.make_jaxpr(functools.partial(problem.call, where=None))(
+        problem.values
+      )
+      theirs = jax.make_jaxpr(problem.call_reference)(problem.values)
+    except Exception as error:
+      text = _error(error)
+    else:
+      if str(ours) == str(theirs):
+        return
+      text = "another program"
+    self.findings.add(
+      "identity",
+      lambda: {
+        "message": f"Without a mask the loss is not its reference: {text}.",
+        "mask": "None",
+        "got": text,
+      },
+      derivative="value",
+      dtype=self.dtype,
+    )
+
+  def _check_honesty(self) -> None:
+    """Clause 6: what is not finite and included comes out."""
+    if not self.findings.wants("honesty"):
+      return
+    problem = self.problem
+    gradients = {
+      q.wrt: i
+      for i, q in enumerate(self.quantities)
+      if q.part == "vjp" and q.wrt is not None
+    }
+    value = self.quantities[0]
+    for name, where in self.masks.items():
+      if name not in ("as given", "all included"):
+        continue
+      for i in problem.floats:
+        kept = [
+          tuple(map(int, e)) for e in np.argwhere(~problem.masked(where, i))
+        ]
+        for element in (kept[k] for k in spread(len(kept), 4)):
+          # What has no slope there may be a threshold, or not be used at all.
+          if i not in gradients or not self.clean[name][gradients[i]][element]:
+            continue
+          self._check_comes_out(value, name, where, i, element)
+
+  def _check_comes_out(
+    self,
+    quantity: Quantity,
+    name: str,
+    where: np.ndarray,
+    argument: int,
+    element: tuple[int, ...],
+  ) -> None:
+    problem = self.problem
+    self.findings.tried.add("honesty")
+    named = problem.arguments[argument].name
+    for poison in (np.nan, np.inf, -np.inf):
+      dtype = self.values[argument].dtype
+      values = self.poisoned(where, argument, dtype.type(poison), element)
+      got = self.evaluate(values, where)[0]
+      holds = f"`{named}` holds {poison}{_at(element)}, which is included"
+      if np.isnan(poison):
+        wrong = not np.isnan(got).any()
+        message = f"When {holds}, no entry of the loss is NaN."
+        expected = "nan"
+      elif name == "all included" and self.unmasked is not None:
+        tangents = [values[f] for f in problem.floats]
+        plain = jax.device_get(self._plain(values, tangents))[0]
+        wrong = any(
+          not np.array_equal(kind(got), kind(plain))
+          for kind in (np.isnan, np.isposinf, np.isneginf)
+        )
+        message = (
+          f"When {holds}, the loss is {_some(got)}; without a mask it is"
+          f" {_some(plain)}."
+        )
+        expected = _some(plain)
+      else:
+        continue
+      if wrong:
+
+        def describe(
+          got=got, message=message, expected=expected, poison=poison
+        ):
+          return {
+            "message": message,
+            "element": element,
+            "poison": str(poison),
+            "mask": name,
+            "where": where.tolist() if where.size <= 256 else None,
+            "got": _some(got),
+            "expected": expected,
+          }
+
+        self.add("honesty", quantity, describe, argument)
+
+  @functools.cached_property
+  def _jaxpr(self) -> Any:
+    run = program(self.problem.call, self.parts, self.problem.floats)
+    return jax.make_jaxpr(
+      lambda values, tangents, where: run(values, tangents, where=where)
+    )(self.values, self.tangents, self.problem.where)
+
+  def _traced(
+    self, values: Sequence[Any], where: np.ndarray
+  ) -> tuple[list[_trace.Step], list[_trace.Value]]:
+    """All steps of the program on some data."""
+    arrays = map(jnp.asarray, [*values, *self.tangents, where])
+    return _trace.run(self._jaxpr, list(arrays))
+
+  def blame(
+    self,
+    quantity: Quantity,
+    got: Any,
+    values: Sequence[Any],
+    where: np.ndarray,
+    against: Sequence[Any] | None = None,
+  ) -> dict[str, Any]:
+    """Where a wrong number arose, if that can be told."""
+    if against is None and np.isfinite(got):
+      return {}
+    position = self.quantities.index(quantity)
+    try:
+      steps, outputs = self._traced(values, where)
+      if against is not None and np.isfinite(got):
+        clean, _ = self._traced(against, where)
+
+        def wrong(value):
+          x = _trace.floating(value)
+          if x is None or len(steps) != len(clean):
+            return False
+          y = clean[value.step].outputs[value.position].array
+          return not np.array_equal(x, np.asarray(y))
+
+      else:
+        wrong = _trace.has_nan if np.isnan(got) else _trace.nonfinite
+      step = _trace.first(steps, outputs[position], wrong)
+    except Exception:  # Of a loss that does not compile, or a newer JAX.
+      return {}
+    return {} if step is None else _told(step)
+
+  def _check_arithmetic(self) -> None:
+    """Clause 7: no NaN or infinity is computed because of a mask."""
+    if not self.findings.wants("clean_arithmetic"):
+      return
+
+    def broken(where):
+      values = list(self.values)
+      for argument, poison, held in self.poisonings(where):
+        if poison == "-100":  # The usual label of padding is finite, too.
+          values[argument] = self.poisoned(where, argument, held)[argument]
+      steps, outputs = self._traced(values, where)
+      return (
+        steps,
+        outputs,
+        [
+          i
+          for i, s in enumerate(steps)
+          if any(map(_trace.nonfinite, s.outputs))
+        ],
+      )
+
+    try:
+      steps, _, without_mask = broken(self.everything)
+    except Exception as error:
+      self.findings.reasons["clean_arithmetic"] = _error(error)
+      return
+    usual = {
+      (steps[i].primitive, _trace.source(steps[i])) for i in without_mask
+    }
+    self.findings.tried.add("clean_arithmetic")
+    for name, where in few_of_each_kind(self.masks).items():
+      self.findings.cases += 1
+      steps, outputs, wrong = broken(where)
+      new = (
+        i
+        for i in wrong
+        if (steps[i].primitive, _trace.source(steps[i])) not in usual
+      )
+      first = next(new, None)
+      if first is None:
+        continue
+      step = steps[first]
+      quantity = next(
+        (
+          q
+          for q, output in zip(self.quantities, outputs, strict=True)
+          if first in _trace.origins(steps, [output])[0]
+        ),
+        self.quantities[0],
+      )
+      _, positions = _trace.origins(steps, step.inputs)
+      sources = [p for p in positions if p in self.problem.floats]
+      output = next(filter(_trace.nonfinite, step.outputs))
+      number = next(
+        x for x in np.ravel(np.asarray(output.array)) if not np.isfinite(x)
+      )
+
+      def describe(
+        step=step, quantity=quantity, number=number, name=name, where=where
+      ):
+        return {
+          "message": (
+            f"On finite data, `{step.primitive}` computes {_number(number)}"
+            f" because of the mask, on the way to"
+            f" {self.what(quantity, ())}."
+          ),
+          **self.facts(name, where, number, 0),
+          "expected": "a finite number",
+          **_told(step),
+        }
+
+      self.add(
+        "clean_arithmetic",
+        quantity,
+        describe,
+        sources[0] if len(sources) == 1 else None,
+      )
+
+  def _check_vmap(self) -> None:
+    """The clauses again, for a batch of masks and poisons at once."""
+    problem = self.problem
+    tried = [
+      (name, where, *poisoning)
+      for name, where in self.masks.items()
+      for poisoning in self.poisonings(where)
+    ]
+    size = sum(x.size for x in self.values) + problem.where.size
+    tried = [tried[i] for i in spread(len(tried), max(8, _BATCH // size))]
+    names = list(self.masks)
+    wheres = np.stack([*self.masks.values(), *(each[1] for each in tried)])
+
+    def batch(x):
+      return np.broadcast_to(x, (len(wheres), *x.shape))
+
+    def together(values, where):
+      return jax.vmap(lambda values, where: problem.call(values, where=where))(
+        values, where
+      )
+
+    # The derivatives of a batched loss, as a training step takes them.
+    run = jax.jit(program(together, self.parts, problem.floats))
+    tangents = [batch(t) for t in self.tangents]
+    weights = batch(cotangent(self.result.shape, self.result.dtype))
+
+    def lanes(rows):
+      self.findings.cases += len(rows) * self.derivatives
+      stacked = [np.stack(column) for column in zip(*rows, strict=True)]
+      return jax.device_get(run(stacked, tangents, weights, where=wheres))
+
+    try:
+      clean = lanes([self.values] * len(wheres))
+    except Exception as error:
+      text = _error(error)
+      self.findings.add(
+        "transforms",
+        lambda: {
+          "message": f"The loss does not run under vmap: {text}",
+          "got": text,
+        },
+        transform="vmap",
+        dtype=self.dtype,
+      )
+      return
+    got = lanes(
+      [self.values] * len(names)
+      + [
+        self.poisoned(where, argument, held)
+        for _, where, argument, _, held in tried
+      ]
+    )
+    for lane, name in enumerate(names):
+      self._check_same(
+        "transforms",
+        name,
+        self.masks[name],
+        lambda values, lane=lane, name=name: [
+          (quantity, a[lane], b)
+          for quantity, a, b in zip(
+            self.quantities,
+            clean if values is self.values else lanes([values] * len(wheres)),
+            self.evaluate(values, self.masks[name]),
+            strict=True,
+          )
+        ],
+        "Under vmap, {what} is {got}; under jit it is {expected}.",
+        "vmap",
+      )
+    same = np.ones(len(wheres), bool)
+    for before, after in zip(clean, got, strict=True):
+      equal = (before == after) | np.isnan(before)
+      same &= equal.reshape(len(wheres), -1).all(-1)
+    for lane in map(int, np.flatnonzero(~same)):
+      name, where, argument, poison, held = tried[lane - len(names)]
+      self._compare(
+        name,
+        where,
+        argument,
+        poison,
+        held,
+        [x[lane] for x in clean],
+        [x[lane] for x in got],
+        "vmap",
+      )
+
+  def _check_eager(self) -> None:
+    """The clauses again, operation by operation, for some of the masks."""
+    for name in ("as given", "nothing included", next(iter(self.masks))):
+      if name in self.masks:
+        self._check_one_by_one(name, self.masks[name])
+
+  def _check_one_by_one(self, name: str, where: np.ndarray) -> None:
+    def one_by_one(values):
+      self.findings.cases += self.derivatives
+      _, outputs = self._traced(values, where)
+      return [np.asarray(x.array) for x in outputs]
+
+    def compared(values):
+      compiled = self.evaluate(values, where)
+      return list(
+        zip(self.quantities, one_by_one(values), compiled, strict=True)
+      )
+
+    self._check_same(
+      "transforms",
+      name,
+      where,
+      compared,
+      "Without jit, {what} is {got}; under jit it is {expected}.",
+      "eager",
+    )
+    clean = one_by_one(self.values)
+    for argument, poison, held in self.poisonings(where):
+      got = one_by_one(self.poisoned(where, argument, held))
+      self._compare(name, where, argument, poison, held, clean, got, "eager")
+
+  def _check_runs_on_poison(self) -> None:
+    """That it runs eagerly whatever is masked, as far as Python can tell."""
+    where = self.problem.where
+    for argument, _, held in self.poisonings(where):
+      self.findings.cases += 1
+      try:
+        self.problem.call(self.poisoned(where, argument, held), where=where)
+      except Exception as error:
+        self.findings.add(
+          "accepts", self._refusal(error), transform="eager", dtype=self.dtype
+        )
+
+
+def _sizes(jaxpr: Any) -> set[int]:
+  """The sizes of all axes of all arrays of a program."""
+  sizes: set[int] = set()
+  for eqn in jaxpr.eqns:
+    for variable in eqn.outvars:
+      sizes.update(getattr(variable.aval, "shape", ()))
+    for parameter in jax.tree.leaves(
+      list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+    ):
+      if hasattr(parameter, "eqns"):
+        sizes |= _sizes(parameter)
+  return sizes
+
+
+def _written_size(
+  call: Callable[..., Any], compact: Compact, checker: Checker
+) -> int | None:
+  """A size of the data that the loss has, though smaller data do not."""
+  keywords = {} if checker.unmasked else {"where": compact.where}
+  program = jax.make_jaxpr(functools.partial(call, **keywords))(compact.values)
+  given = set(itertools.chain(*(x.shape for x in compact.values)))
+  gone = set(checker.problem.shape) - given - {1}
+  return min(gone & _sizes(program), default=None)
+
+
+def _told(step: _trace.Step) -> dict[str, Any]:
+  place, code = _trace.source(step)
+  return {"primitive": step.primitive, "source": place, "code": code}
+
+
+def _some(x: np.ndarray) -> str:
+  """A number, or the first number of some that is not finite."""
+  flat = np.ravel(np.asarray(x, "float64"))
+  broken = flat[~np.isfinite(flat)]
+  return _number((broken if broken.size else flat)[0]) if flat.size else "empty"
+
+
+class _NotALoss(Exception):
+  """What was returned is no loss."""

@@ -1,0 +1,217 @@
+"""Runs a program operation by operation, to find where a number arose."""
+
+import linecache
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend import core
+
+# Primitives that only call a program of their own.
+_CALLS = (
+  "checkpoint",
+  "closed_call",
+  "core_call",
+  "custom_jvp_call",
+  "custom_vjp_call",
+  "custom_vjp_call_jaxpr",
+  "jit",
+  "pjit",
+  "remat",
+  "remat2",
+)
+# Primitives that only move numbers, and so make none.
+_MOVES = (
+  "broadcast_in_dim",
+  "concatenate",
+  "convert_element_type",
+  "copy",
+  "copy_p",
+  "expand_dims",
+  "gather",
+  "pad",
+  "reshape",
+  "rev",
+  "select_n",
+  "slice",
+  "squeeze",
+  "transpose",
+)
+_GUARD = os.path.dirname(__file__) + os.sep
+_LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (jax, np))
+_LOSSES = (
+  os.path.dirname(optax.__file__) + os.sep,
+  os.path.dirname(os.path.dirname(__file__)) + os.sep,
+)
+
+
+class Step(NamedTuple):
+  """One operation that was run: what went in and what came out."""
+
+  primitive: str
+  inputs: list["Value"]
+  outputs: list["Value"]
+  traceback: Any
+
+
+class Value:
+  """An array of a run, and which output of which step it is.
+
+  Without a step it is an argument, at its position, or a constant, at None.
+  """
+
+  def __init__(
+    self, array: Any, step: int | None = None, position: int | None = None
+  ):
+    self.array = array
+    self.step = step
+    self.position = position
+
+
+def run(program: Any, arguments: Sequence[Any]) -> tuple[list[Step], list]:
+  """Runs a closed jaxpr on flat arguments, and returns all steps."""
+  steps: list[Step] = []
+  inputs = [Value(x, None, i) for i, x in enumerate(arguments)]
+  outputs = _run(program.jaxpr, program.consts, inputs, steps, None)
+  return steps, outputs
+
+
+def _run(
+  jaxpr: Any,
+  consts: Sequence[Any],
+  inputs: Sequence[Value],
+  steps: list[Step],
+  outer: Any,
+) -> list[Value]:
+  known = dict(zip(jaxpr.constvars, map(Value, consts), strict=True))
+  known.update(zip(jaxpr.invars, inputs, strict=True))
+
+  def read(atom):
+    return Value(atom.val) if isinstance(atom, core.Literal) else known[atom]
+
+  for eqn in jaxpr.eqns:
+    values = [read(atom) for atom in eqn.invars]
+    traceback = outer or eqn.source_info.traceback
+    inner = _inner(eqn, values)
+    if inner is not None:
+      inner, values = inner
+      closed = isinstance(inner, core.ClosedJaxpr)
+      body = inner.jaxpr if closed else inner
+      # JAX traces its own functions once: then their lines tell an older call.
+      results = _run(
+        body,
+        inner.consts if closed else (),
+        values,
+        steps,
+        traceback if outer or _is_of_a_library(body) else None,
+      )
+    else:
+      arrays = eqn.primitive.bind(*(v.array for v in values), **eqn.params)
+      arrays = arrays if eqn.primitive.multiple_results else [arrays]
+      results = [Value(x, len(steps), i) for i, x in enumerate(arrays)]
+      steps.append(Step(eqn.primitive.name, values, results, traceback))
+    known.update(zip(eqn.outvars, results, strict=True))
+  return [read(atom) for atom in jaxpr.outvars]
+
+
+def _inner(eqn: Any, values: list[Value]) -> tuple[Any, list[Value]] | None:
+  """The program that an operation only calls, and what with."""
+  name, parameters = eqn.primitive.name, eqn.params
+  if name == "cond":
+    index = int(np.asarray(values[0].array))
+    branches = parameters["branches"]
+    return branches[min(max(index, 0), len(branches) - 1)], values[1:]
+  if name in _CALLS:
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+      if key in parameters:
+        return parameters[key], values
+  return None
+
+
+def _is_of_a_library(jaxpr: Any) -> bool:
+  written = str(getattr(jaxpr.debug_info, "func_src_info", "") or "")
+  return any(library in written for library in _LIBRARIES)
+
+
+def floating(value: Value) -> np.ndarray | None:
+  """The numbers of a floating array, None for anything else."""
+  dtype = getattr(value.array, "dtype", None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    return None
+  return np.asarray(value.array)
+
+
+def has_nan(value: Value) -> bool:
+  """Whether a floating array has a NaN."""
+  x = floating(value)
+  return x is not None and bool(np.isnan(x).any())
+
+
+def nonfinite(value: Value) -> bool:
+  """Whether a floating array has a NaN or an infinity."""
+  x = floating(value)
+  return x is not None and not np.isfinite(x).all()
+
+
+def first(
+  steps: Sequence[Step], output: Value, wrong: Callable[[Value], bool]
+) -> Step | None:
+  """The first step of those that led to a wrong output, and went wrong."""
+  seen: set[int] = set()
+  todo = [output]
+  while todo:
+    value = todo.pop()
+    if value.step is None or value.step in seen or not wrong(value):
+      continue
+    seen.add(value.step)
+    todo += steps[value.step].inputs
+  making = [i for i in seen if steps[i].primitive not in _MOVES]
+  return steps[min(making or seen)] if seen else None
+
+
+def origins(
+  steps: Sequence[Step], values: Sequence[Value]
+) -> tuple[set[int], set[int]]:
+  """The steps and the positions of the arguments that led to some values."""
+  seen: set[int] = set()
+  arguments: set[int] = set()
+  todo = list(values)
+  while todo:
+    value = todo.pop()
+    if value.step is None:
+      if value.position is not None:
+        arguments.add(value.position)
+    elif value.step not in seen:
+      seen.add(value.step)
+      todo += steps[value.step].inputs
+  return seen, arguments
+
+
+def source(step: Step) -> tuple[str | None, str | None]:
+  """The line that made a step, in the code of the user, and its text."""
+  frames = []
+  for frame in getattr(step.traceback, "frames", ()):
+    if frame.file_name.startswith(_GUARD):
+      break
+    if not frame.file_name.startswith(_LIBRARIES):
+      frames.append(frame)
+  if not frames:
+    return None, None
+  inner = frames[0]
+  own = next((f for f in frames if not f.file_name.startswith(_LOSSES)), inner)
+  text = linecache.getline(own.file_name, own.line_num).strip() or None
+  told = _place(own)
+  if own is not inner:
+    told += f", by way of {_place(inner)}"
+  return told, text
+
+
+def _place(frame: Any) -> str:
+  name = frame.file_name
+  relative = os.path.relpath(name) if os.path.isabs(name) else name
+  name = name if relative.startswith("..") else relative
+  return f"{name}:{frame.line_num} in {frame.function_name}"
