@@ -4,6 +4,7 @@ pytest imports this module at every start, and so it lies beside the package:
 JAX is imported where it is used.
 """
 
+import dataclasses
 import functools
 
 import pytest
@@ -30,17 +31,15 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture
-def assert_mask_safe(record_property):
-  """`assert_mask_safe` of `optax_masking.testing`, told in the reports."""
+def assert_mask_safe(request):
+  """The function of `optax_masking.testing`; `-rP` tells what it tried."""
   from optax_masking import testing
 
   @functools.wraps(testing.assert_mask_safe)
   def check(*args, **kwargs):
     __tracebackhide__ = True
-    report = testing.check_mask_safe(*args, **kwargs)
-    record_property("mask_cases", report.cases)
-    if not report.ok:
-      raise AssertionError(str(report))
+    report = testing.assert_mask_safe(*args, **kwargs)
+    request.node.add_report_section("call", "mask audit", str(report))
     return report
 
   return check
@@ -49,7 +48,8 @@ def assert_mask_safe(record_property):
 @pytest.hookimpl(tryfirst=True)  # So that -k and -m choose from its items, too.
 def pytest_collection_modifyitems(session, config, items):
   for target in dict.fromkeys(config.getoption("mask_audit")):
-    audit = MaskAudit.from_parent(session, name=f"mask-audit[{target}]")
+    name = f"mask-audit[{target}]"
+    audit = MaskAudit.from_parent(session, name=name, nodeid=name)
     items.extend(audit.of_target(target))
 
 
@@ -95,9 +95,10 @@ class MaskAuditItem(pytest.Item):
   def runtest(self):
     report = self.report_of_loss()
     self.user_properties.append(("mask_cases", report.cases))
-    findings = [f for f in report.findings if f.clause == self.clause]
+    findings = tuple(f for f in report.findings if f.clause == self.clause)
     if findings:
-      raise MaskAuditFailure("\n\n".join(map(str, findings)))
+      broken = dataclasses.replace(report, findings=findings)
+      raise MaskAuditFailure(str(broken))
     state = report.clauses.get(self.clause, "left out")
     if state != "kept":
       pytest.skip(state)

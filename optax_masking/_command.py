@@ -11,9 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 import optax_masking
 from optax_masking import _audit, _audit_formats
-from optax_masking.testing import Report
 
 FORMATS = ("text", "markdown", "json", "github", "html")
 
@@ -81,6 +82,15 @@ def _add_audit(commands: Any) -> None:
     action="store_true",
     help="float32, values and gradients, under jit, and fewer masks",
   )
+  parser.add_argument(
+    "--jobs",
+    type=int,
+    metavar="N",
+    help=(
+      "how many losses to check at a time, each in a process of its own; by"
+      " default one for each processor, and 1 on anything but a CPU"
+    ),
+  )
   parser.add_argument("--format", choices=FORMATS, default="text")
   parser.add_argument(
     "--output",
@@ -125,11 +135,22 @@ def _run_audit(given: argparse.Namespace) -> int:
     if file is not None:
       _check_writable(file)
 
-  progress = _Progress(len(losses))
-  reports: dict[str, dict[str, Report]] = {target: {} for target in targets}
+  jobs = given.jobs
+  if jobs is None:
+    jobs = os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1
+  if jobs < 1:
+    raise UsageError(f"--jobs must be 1 or more, but is {jobs}")
+  # In the order of the losses, whichever is done first.
+  reports: dict[str, dict[str, Any]] = {target: {} for target in targets}
   for loss in losses:
-    progress.tell(f"{loss.target} {loss.name}")
-    reports[loss.target][loss.name] = _audit.check(loss, given.quick)
+    reports[loss.target][loss.name] = None
+  progress = _Progress(len(losses))
+  progress.tell(0, f"{losses[0].target} {losses[0].name}")
+  for done, (loss, report) in enumerate(
+    _audit.checked(losses, given.quick, jobs), 1
+  ):
+    reports[loss.target][loss.name] = report
+    progress.tell(done, f"{loss.target} {loss.name}")
   progress.end()
 
   found = {
@@ -239,13 +260,11 @@ class _Progress:
 
   def __init__(self, total: int):
     self.total = total
-    self.done = 0
     self.terminal = sys.stderr.isatty()
     self.last = time.monotonic()
 
-  def tell(self, name: str) -> None:
-    self.done += 1
-    text = f"[{self.done}/{self.total}] {name}"
+  def tell(self, done: int, name: str) -> None:
+    text = f"[{done}/{self.total}] {name}"
     if self.terminal:
       sys.stderr.write(f"\r\x1b[K{text}")
     elif time.monotonic() - self.last > self.seconds_between:

@@ -175,15 +175,15 @@ def masked_logsumexp(x, m):
 # Faults: what is masked gets through.
 
 
-@fault(PAIR, ELEMENTS, ("invariance",), "predictions")
+@fault(PAIR, ELEMENTS, ("invariance", "zero_gradient"), "predictions")
 def multiply_by_mask(predictions, targets, where):
-  """0 times NaN is NaN."""
+  """0 times NaN is NaN: in the gradient, if XLA selects in the value."""
   return jnp.square(predictions - targets) * where
 
 
 @fault(PAIR, ELEMENTS, ("invariance",), "targets", where_name="mask")
 def multiply_by_float_mask(predictions, targets, mask):
-  """The same, of the targets alone, and by a mask made float."""
+  """The same, of the targets alone, and in the value: jit may select."""
   weights = mask.astype(predictions.dtype)
   (p,) = zeroed(mask, predictions)
   return jnp.sum(jnp.abs(p - targets) * weights)
@@ -461,7 +461,8 @@ def smoothing_over_all_classes(logits, labels, where=None):
   labels = jnp.where(jnp.any(m, -1), labels, 0)
   m &= own(m, labels)[:, None]
   log_p = jnp.where(m, logits, 0) - masked_logsumexp(logits, m)[:, None]
-  smooth = 0.8 * jax.nn.one_hot(labels, 5, dtype=log_p.dtype) + 0.2 / 5
+  n = logits.shape[-1]
+  smooth = 0.8 * jax.nn.one_hot(labels, n, dtype=log_p.dtype) + 0.2 / n
   return jnp.sum(jnp.where(m, -smooth * jnp.where(m, log_p, 0), 0), -1)
 
 
@@ -483,9 +484,9 @@ def tie_with_the_fill(scores, where=None):
 @fault(PAIR, ELEMENTS, ("compaction",))
 def discount_of_masked_steps(predictions, targets, where=None):
   """The discount goes on through what is masked."""
-  discount = jnp.asarray(0.5 ** np.arange(5), predictions.dtype)
+  steps = jnp.arange(predictions.shape[-1])
   m = included(where, predictions)
-  return jnp.sum(masked_squares(predictions, targets, m) * discount, -1)
+  return jnp.sum(masked_squares(predictions, targets, m) * 0.5**steps, -1)
 
 
 # Faults: nothing is left.
@@ -571,7 +572,9 @@ def fill_as_label_logit(logits, labels, where):
 def take_out_of_range(logits, labels, where):
   """A label out of range takes NaN, the default of jnp, and 0 times that."""
   log_p = jax.nn.log_softmax(jnp.where(where[:, None], logits, 0))
-  return -jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0] * where
+  label_log_p = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
+  weights = where.astype(log_p.dtype) / jnp.maximum(jnp.sum(where), 1)
+  return jnp.sum(-label_log_p * weights)
 
 
 @fault((LOGITS, INDEX), EXAMPLES, ("clean_arithmetic",))
@@ -670,9 +673,9 @@ def log_of_the_fill(probs, where):
   return jnp.where(where, -jnp.log(p), 0)
 
 
-@fault((VECTORS,), EXAMPLES, ("clean_arithmetic",))
+@fault((VECTORS,), EXAMPLES, ("clean_arithmetic", "zero_gradient", "empty"))
 def norm_of_the_fill(vectors, where):
-  """The norm of 0 has no gradient: it is NaN, and selected away again."""
+  """The norm of 0 has no gradient: NaN, selected away in reverse mode."""
   (x,) = zeroed(where[:, None], vectors)
   return jnp.linalg.norm(x, axis=-1)
 
@@ -715,14 +718,15 @@ def square_of_fill_overflows(logits, where=None):
   """The fill fits into float16, its square is infinite, and 0 times NaN."""
   m = included(where, logits)
   z = jnp.where(m, logits, -1e4)
-  return jnp.sum(jnp.square(z) * m, -1)
+  weights = m.astype(z.dtype) / jnp.maximum(jnp.sum(m, -1, keepdims=True), 1)
+  return jnp.sum(jnp.square(z) * weights, -1)
 
 
 @fault(
   (LOGITS,), ELEMENTS, ("clean_arithmetic", "compaction"), dtypes=("float16",)
 )
 def sum_of_fills_overflows(logits, where=None):
-  """The sum of three fills is infinite in float16, and stays so."""
+  """The sum of three fills, to be subtracted again, is infinite."""
   m = included(where, logits)
   z = jnp.where(m, logits, -3e4)
   masked = jnp.sum(jnp.where(m, 0, z), -1)
@@ -769,23 +773,44 @@ def mask_ignored_if_traced(predictions, targets, where):
   return masked_squares(predictions, targets, where)
 
 
-@fault(
-  PAIR,
-  EXAMPLES,
-  ("transforms", "invariance", "zero_gradient"),
-  "predictions",
-)
-def conditional(predictions, targets, where):
-  """Under vmap both branches run, and 0 times NaN is the gradient of one."""
+def _conditional_mean(values, m):
+  """The mean, if there is one: in itself, it never computes 0/0."""
+  count = jnp.sum(m)
+  return jax.lax.cond(
+    count > 0,
+    lambda: jnp.sum(values) / count,
+    lambda: jnp.zeros((), values.dtype),
+  )
 
-  def example(row):
-    p, t, kept = row
-    t = jnp.where(kept, t, 0)
-    return jax.lax.cond(
-      kept, lambda: jnp.sum(jnp.square(p - t)), lambda: jnp.zeros((), p.dtype)
-    )
 
-  return jax.lax.map(example, (predictions, targets, where))
+@fault(PAIR, ELEMENTS, ("clean_arithmetic",))
+def conditional_in_vmap(predictions, targets, where):
+  """Both branches run: 0/0 is computed and selected away again."""
+  loss = masked_squares(predictions, targets, where)
+  return jax.vmap(_conditional_mean)(loss, where)
+
+
+@fault(PAIR, ELEMENTS, ("clean_arithmetic",))
+def conditional_to_be_vmapped(predictions, targets, where):
+  """The same, but only in what vmap makes of it."""
+  return _conditional_mean(masked_squares(predictions, targets, where), where)
+
+
+@jax.custom_batching.custom_vmap
+def _count(m):
+  return jnp.sum(m)
+
+
+@_count.def_vmap
+def _(size, batched, m):
+  return jnp.sum(m), False
+
+
+@fault(PAIR, ELEMENTS, ("transforms",))
+def count_over_vmap(predictions, targets, where):
+  """The rule for vmap, by hand, counts over what is mapped, too."""
+  loss = jnp.sum(masked_squares(predictions, targets, where))
+  return loss / jnp.maximum(_count(jnp.asarray(where)), 1)
 
 
 # Faults: in derivatives by hand.
@@ -1102,7 +1127,7 @@ def multiclass_hinge_of_ties(scores, labels, where=None):
   kept = own(m, labels)
   m &= kept[:, None]
   (x,) = zeroed(m, scores)
-  margins = x + (jnp.arange(5) != labels[:, None])
+  margins = x + (jnp.arange(x.shape[-1]) != labels[:, None])
   return jnp.where(kept, masked_max(margins, m) - own(x, labels), 0)
 
 

@@ -4,6 +4,8 @@ import doctest
 import inspect
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from cases import MASKED
 
 import optax_masking as optax
+import optax_masking.testing
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,6 +39,20 @@ def test_readme():
   blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
   assert len(blocks) >= 3
   run_examples("\n".join(blocks), "README.md")
+
+
+def test_readme_file_of_tests(tmp_path):
+  """The one to be copied passes, and fails if its loss forgets the mask."""
+  (text,) = re.findall(r"```python\n(# test_masks.py\n.*?)```", README, re.S)
+  changed = text.replace("jnp.where(where, predictions - targets, 0)", "{}")
+  for error, passes in (
+    ("jnp.where(where, predictions - targets, 0)", True),
+    ("(predictions - targets) * where", False),
+  ):
+    (tmp_path / "test_masks.py").write_text(changed.replace("{}", error))
+    command = [sys.executable, "-m", "pytest", "-q", "test_masks.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert (result.returncode == 0) == passes, result.stdout
 
 
 def test_readme_begins_with_the_point():
@@ -69,11 +86,14 @@ def test_readme_links():
       assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("name", [*MASKED, "masked_inputs"])
+@pytest.mark.parametrize(
+  "name", [*MASKED, "masked_inputs", "assert_mask_safe", "check_mask_safe"]
+)
 @pytest.mark.filterwarnings("ignore:The function convex_kl_divergence")
 def test_docstring(name):
   """It has the sections of Optax's format, and its example runs."""
-  function = getattr(optax.losses if name in MASKED else optax, name)
+  homes = (optax.losses, optax, optax_masking.testing)
+  function = next(getattr(h, name) for h in homes if name in vars(h))
   doc = inspect.getdoc(function)
   for section in ("Args:", "Returns:", "Examples:"):
     assert f"\n{section}\n" in doc

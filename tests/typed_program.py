@@ -13,6 +13,7 @@ from optax_masking import adamw, losses, tree_utils
 from optax_masking.contrib import muon
 from optax_masking.losses import hinge_loss, softmax_cross_entropy
 from optax_masking.schedules import constant_schedule
+from optax_masking.testing import Report, assert_mask_safe
 
 
 def loss(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -54,6 +55,10 @@ def main() -> None:
   total += optax.ntxent(logits, jnp.array([0, 0, 1]), where=mask)
   total += optax.smooth_labels(logits, 0.1, where=mask).sum()
   total += own_loss(logits, logits, where=mask).sum()
+  report: Report = assert_mask_safe(
+    optax.squared_error, logits, 2 * logits, where=mask[:, None], samples=2
+  )
+  assert report.cases > 0
 
 
 if __name__ == "__main__":

@@ -11,12 +11,20 @@ from optax_masking._arguments import (
   canonicalize_axes,
 )
 from optax_masking._masking import masked_inputs
-from optax_masking.fills import PerExample, far_below, select
+from optax_masking.fills import (
+  PerExample,
+  far_below,
+  select,
+  zero_unless_empty,
+)
 from optax_masking.losses._original import original
 
 
-# 0 adds nothing to a product or a norm, and Optax keeps norms from being 0.
-@masked_inputs(embeddings=0.0, labels=PerExample(0), reduces_batch=True)
+# 0 adds nothing to a product or a norm. Optax keeps norms from being 0, but so
+# near to it that in float16 the second derivative would overflow.
+@masked_inputs(
+  embeddings=zero_unless_empty, labels=PerExample(0), reduces_batch=True
+)
 def ntxent(
   embeddings: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,

@@ -90,8 +90,8 @@ def check_mask_safe(
     ...     where=np.array([True, False]))
     >>> report.ok
     False
-    >>> sorted({finding.clause for finding in report.findings})
-    ['invariance', 'zero_gradient']
+    >>> report.clauses["compaction"], report.clauses["zero_gradient"]
+    ('kept', 'broken')
   """
   options = Options(
     where_name=where_name,

@@ -1,0 +1,357 @@
+"""The checks of `optax_masking.testing`: they find faults, and only faults."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import planted_faults
+from absl.testing import absltest, parameterized
+
+import optax_masking as optax
+from optax_masking import testing
+
+PREDICTIONS, TARGETS = planted_faults.PAIR
+ELEMENTS = planted_faults.ELEMENTS
+
+
+def check(row, **options):
+  return testing.check_mask_safe(
+    row.loss, *row.args, where=row.where, **{**row.options, **options}
+  )
+
+
+def select_after(predictions, targets, where):
+  """Wrong: its gradient is 0 divided by what is masked."""
+  return jnp.where(where, targets * jnp.log(predictions), 0)
+
+
+def masked_square(predictions, targets, where=None):
+  """Right."""
+  where = True if where is None else where
+  return jnp.where(where, predictions - targets, 0) ** 2
+
+
+class PlantedFaultsTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    (row.name, row) for row in planted_faults.FAULTS
+  )
+  def test_fault(self, row):
+    """Each fault is found, with its clause and its argument."""
+    report = check(row)
+    found = [f for f in report.findings if f.clause in row.clause]
+    self.assertTrue(found, f"{row.clause} kept: {report.clauses}\n{report}")
+    with self.assertRaises(AssertionError) as raised:
+      testing.assert_mask_safe(
+        row.loss, *row.args, where=row.where, **row.options
+      )
+    message = str(raised.exception)
+    self.assertRegex(message, "|".join(f"\n{c}: " for c in row.clause))
+    if row.argument is not None:
+      named = [str(f.argument).split("[")[0] for f in found]
+      self.assertIn(row.argument, named + [f.wrt for f in found], message)
+      self.assertIn(f"`{row.argument}", message)
+
+  @parameterized.named_parameters(
+    (row.name, row) for row in planted_faults.CORRECT
+  )
+  def test_correct(self, row):
+    """Nothing is found where nothing is wrong."""
+    report = testing.assert_mask_safe(
+      row.loss, *row.args, where=row.where, **row.options
+    )
+    self.assertTrue(report.ok)
+    for clause in ("accepts", "invariance", "zero_gradient", "empty"):
+      self.assertEqual(report.clauses[clause], "kept", clause)
+
+
+class FindingTest(parameterized.TestCase):
+  def test_it_tells_all_there_is(self):
+    """What a message has to have, of a fault where all of it is known."""
+
+    def sum_of_squares(predictions, targets, where):
+      # Only the element [1, 2] of the predictions gets through its mask.
+      kept = jnp.where(where, predictions - targets, 0)
+      leak = 0 * jnp.log(predictions[1, 2])
+      return jnp.sum(kept**2) + leak
+
+    where = np.ones((4, 5), bool)
+    where[1, 2] = False
+    values = np.abs(PREDICTIONS) + 0.1
+    report = testing.check_mask_safe(
+      sum_of_squares, values, TARGETS, where=where, masks=("given",)
+    )
+    finding = report.findings[0]
+    self.assertEqual(finding.clause, "invariance")
+    self.assertEqual(finding.argument, "predictions")
+    self.assertEqual(finding.element, (1, 2))
+    self.assertEqual(finding.mask, "as given")
+    self.assertEqual(finding.where, where.tolist())
+    self.assertEqual(finding.poison, "nan")
+    self.assertEqual(finding.derivative, "value")
+    self.assertEqual(finding.transform, "jit")
+    self.assertEqual(finding.dtype, "float32")
+    self.assertEqual(finding.got, "nan")
+    clean = sum_of_squares(values, TARGETS, where)
+    self.assertAlmostEqual(float(finding.expected), float(clean), places=4)
+    self.assertEqual(finding.primitive, "log")
+    self.assertRegex(finding.source, r"test_guard\.py:\d+ in \S*sum_of_squares")
+    self.assertEqual(finding.code, "leak = 0 * jnp.log(predictions[1, 2])")
+    message = str(report)
+    for part in (
+      "sum_of_squares breaks",
+      "`predictions` holds nan at [1, 2]",
+      "`log` at",
+      "skip=(",
+      f"{report.cases:,} cases",
+    ):
+      self.assertIn(part, message)
+
+  def test_the_operation_of_a_library_is_told_with_the_own_line(self):
+    def mean_distance(predictions, targets, where):
+      return jnp.mean(jax.nn.relu(optax.log_cosh(predictions, targets)) * where)
+
+    report = testing.check_mask_safe(
+      mean_distance, PREDICTIONS, TARGETS, where=ELEMENTS, derivatives=("vjp",)
+    )
+    sources = [f.source for f in report.findings if f.poison == "nan"]
+    self.assertTrue(sources)
+    for source in sources:
+      self.assertRegex(source, r"^\S*test_guard\.py:\d+ in \S*mean_distance")
+
+  def test_a_compiled_loss_is_traced(self):
+    report = testing.check_mask_safe(
+      jax.jit(select_after),
+      *map(np.abs, (PREDICTIONS, TARGETS)),
+      where=ELEMENTS,
+    )
+    sources = {f.source for f in report.findings if f.poison}
+    self.assertLen(sources, 1)
+    self.assertRegex(sources.pop(), r"test_guard\.py:\d+ in select_after")
+
+  def test_the_same_finding_has_the_same_key(self):
+    def keys(seed):
+      x, y = (np.abs(planted_faults.normal(seed + i, 4, 5)) for i in (0, 1))
+      report = testing.check_mask_safe(select_after, x, y, where=ELEMENTS)
+      return {f.key for f in report.findings}
+
+    self.assertEqual(keys(1), keys(5))
+    self.assertLen(keys(1), len(keys(1) | keys(5)))
+
+  def test_report_as_data(self):
+    report = testing.check_mask_safe(
+      select_after, *map(np.abs, (PREDICTIONS, TARGETS)), where=ELEMENTS
+    )
+    data = report.to_dict()
+    self.assertFalse(data["ok"])
+    self.assertEqual(data["clauses"]["zero_gradient"], "broken")
+    self.assertEqual(data["clauses"]["compaction"], "kept")
+    fields = {f.name for f in dataclasses.fields(testing.Finding)}
+    for finding in data["findings"]:
+      self.assertEqual(finding.keys(), fields | {"key"})
+
+
+class OptionsTest(parameterized.TestCase):
+  def test_skip(self):
+    report = testing.check_mask_safe(
+      select_after,
+      *map(np.abs, (PREDICTIONS, TARGETS)),
+      where=ELEMENTS,
+      skip=("zero_gradient",),
+    )
+    self.assertNotIn("zero_gradient", report.clauses)
+    self.assertTrue(report.ok)
+
+  def test_fewer_derivatives(self):
+    """A fault in a gradient is not found in values."""
+    for derivatives in (("value",), ("value", "jvp")):
+      report = testing.check_mask_safe(
+        select_after,
+        *map(np.abs, (PREDICTIONS, TARGETS)),
+        where=ELEMENTS,
+        derivatives=derivatives,
+      )
+      self.assertTrue(report.ok, report)
+
+  @parameterized.parameters("eager", "jit", "vmap")
+  def test_one_transformation(self, transform):
+    report = testing.check_mask_safe(
+      select_after,
+      *map(np.abs, (PREDICTIONS, TARGETS)),
+      where=ELEMENTS,
+      transforms=(transform,),
+      samples=2,
+    )
+    self.assertEqual(report.clauses["zero_gradient"], "broken")
+
+  def test_dtypes(self):
+    def overflows_in_float16(predictions, targets, where):
+      large = jnp.where(where, predictions - targets, 1e6)
+      return jnp.where(where, large, 0 * large)
+
+    seen = []
+    for dtype in ("float64", "float32", "bfloat16", "float16"):
+      report = testing.check_mask_safe(
+        overflows_in_float16,
+        PREDICTIONS,
+        TARGETS,
+        where=ELEMENTS,
+        dtypes=(dtype,),
+      )
+      seen.append({f.dtype for f in report.findings})
+    self.assertEqual(seen, [set(), set(), set(), {"float16"}])
+
+  def test_masks_and_samples(self):
+    def cases(**options):
+      return testing.assert_mask_safe(
+        masked_square, PREDICTIONS, TARGETS, where=ELEMENTS, **options
+      ).cases
+
+    self.assertLess(cases(samples=2), cases(samples=8))
+    self.assertLess(cases(masks=("given",)), cases(masks=("given", "none")))
+
+  def test_reference(self):
+    """Without a mask the loss has to be the program of its reference."""
+
+    def own(predictions, targets, where=None):
+      if where is None:
+        return (predictions - targets) ** 2
+      return masked_square(predictions, targets, where)
+
+    def other(predictions, targets):
+      return jnp.square(targets - predictions)
+
+    def twice(predictions, targets):
+      return 2 * (predictions - targets) ** 2
+
+    options = {"where": ELEMENTS, "skip": ()}
+    for reference, expected in (
+      (functools.partial(own, where=None), []),
+      (other, ["identity"]),
+      (twice, ["compaction", "identity"]),
+    ):
+      report = testing.check_mask_safe(
+        own, PREDICTIONS, TARGETS, reference=reference, **options
+      )
+      clauses = sorted({f.clause for f in report.findings})
+      self.assertEqual(clauses, expected)
+
+  def test_axes(self):
+    """An array with an entry a class is masked where it is said to be."""
+
+    def weighted(predictions, weights, where):
+      kept = jnp.where(where, predictions, 0)
+      return jnp.sum(weights * kept**2, -1)
+
+    weights = planted_faults.uniform(3, 5)
+    arguments = {"where": ELEMENTS, "skip": ("compaction",)}
+    testing.assert_mask_safe(weighted, PREDICTIONS, weights, **arguments)
+    report = testing.check_mask_safe(
+      weighted, PREDICTIONS, weights, axes={"weights": (1,)}, **arguments
+    )
+    self.assertIn("weights", {f.argument for f in report.findings})
+
+  def test_axes_of_where(self):
+    """A mask of the second axis, which is as long as the first."""
+
+    def of_features(predictions, where):
+      return jnp.sum(jnp.where(where, predictions, 0) ** 2, -1)
+
+    square, where = PREDICTIONS[:, :4], np.array([True, False, True, True])
+    report = testing.check_mask_safe(of_features, square, where=where)
+    self.assertFalse(report.ok)
+    testing.assert_mask_safe(
+      of_features, square, where=where, axes={"where": (1,)}
+    )
+
+  def test_padding_need_not_be_clean(self):
+    """Data with NaN and labels out of range where they are masked."""
+    logits = np.where(ELEMENTS, planted_faults.LOGITS, np.nan)
+    labels = np.where(ELEMENTS.any(-1), planted_faults.INDEX, -100)
+    kept = ELEMENTS.any(-1)
+    logits[kept] = planted_faults.LOGITS[kept]
+    testing.assert_mask_safe(
+      optax.softmax_cross_entropy_with_integer_labels,
+      logits,
+      labels,
+      where=kept,
+    )
+
+  def test_it_sets_aside_the_debugging_of_its_caller(self):
+    with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit():
+      testing.assert_mask_safe(
+        masked_square, PREDICTIONS, TARGETS, where=ELEMENTS, samples=2
+      )
+
+  def test_large_data(self):
+    """It takes a part of the elements of a batch of the usual size."""
+    x, y = (planted_faults.normal(i, 64, 512) for i in (0, 1))
+    where = planted_faults.uniform(2, 64) < 0.7
+    report = testing.assert_mask_safe(
+      optax.cosine_distance, x, y, where=where, samples=2
+    )
+    self.assertTrue(report.ok)
+
+
+class UsageTest(parameterized.TestCase):
+  def check_raises(self, error, text, loss=masked_square, args=None, **options):
+    with self.assertRaisesRegex(error, text):
+      testing.check_mask_safe(
+        loss,
+        *((PREDICTIONS, TARGETS) if args is None else args),
+        **{"where": ELEMENTS, **options},
+      )
+
+  def test_where(self):
+    self.check_raises(
+      TypeError, "int64.*where != 0", where=ELEMENTS.astype(int)
+    )
+    self.check_raises(ValueError, r"shape \(3,\)", where=np.ones(3, bool))
+
+  def test_arguments(self):
+    self.check_raises(ValueError, "no array", args=([1.0], [2.0]))
+    self.check_raises(
+      ValueError, "predictions int32", args=(np.ones(3, "int32"),)
+    )
+    broken = np.where(ELEMENTS, np.nan, PREDICTIONS)
+    self.check_raises(
+      ValueError, "`predictions`.*included", args=(broken, TARGETS)
+    )
+
+  def test_results(self):
+    self.check_raises(
+      TypeError, "tuple", lambda p, t, where: (masked_square(p, t, where), 1)
+    )
+    self.check_raises(TypeError, "int32", lambda p, t, where: jnp.sum(where))
+
+  @parameterized.parameters(
+    ({"skip": ("nothing",)}, ValueError, "`skip` has 'nothing'.*invariance"),
+    ({"skip": "empty"}, TypeError, r"skip=\('empty',\)"),
+    ({"derivatives": ("third",)}, ValueError, "'third'.*hessian"),
+    ({"transforms": ("pmap",)}, ValueError, "'pmap'.*vmap"),
+    ({"masks": ("some",)}, ValueError, "'some'.*rows"),
+    ({"dtypes": ("int32",)}, ValueError, "int32.*floating"),
+    ({"samples": 0}, ValueError, "`samples`.*0"),
+    ({"axes": {"weights": (0,)}}, ValueError, "weights.*predictions, targets"),
+    ({"axes": {"targets": (0,)}}, ValueError, "has 1 for `targets`"),
+    ({"axes": {"targets": (0, 2)}}, ValueError, "has 2 for `targets`"),
+    ({"axes": {"where": (0,)}}, ValueError, "where"),
+  )
+  def test_options(self, options, error, text):
+    self.check_raises(error, text, **options)
+
+  def test_a_loss_that_raises_is_a_finding(self):
+    def no_mask(predictions, targets):
+      return predictions - targets
+
+    report = testing.check_mask_safe(
+      no_mask, PREDICTIONS, TARGETS, where=ELEMENTS
+    )
+    self.assertEqual([f.clause for f in report.findings], ["accepts"])
+    self.assertIn("unexpected keyword argument 'where'", str(report))
+    self.assertIn("does not run", report.clauses["invariance"])
+
+
+if __name__ == "__main__":
+  absltest.main()
