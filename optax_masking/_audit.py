@@ -37,7 +37,7 @@ _HALF_PRECISION: dict[str, Any] = {
 }
 _QUICK: dict[str, Any] = {
   "derivatives": ("value", "vjp"),
-  "transforms": ("jit",),
+  "transforms": ("eager", "jit"),
   "samples": 6,
 }
 _SQUARES = ((4, 4), (4, 4, 3))
@@ -187,13 +187,14 @@ _ROWS = {
 class Loss:
   """A loss of a target, with the cases that it is checked in.
 
-  A loss may refuse the masks of `refusable` cases. `lacking` is a reason not to
-  check any.
+  `more` are left out of a quick audit, and of the masks of `refusable` ones a
+  loss may refuse any. `lacking` is a reason not to check it.
   """
 
   target: str
   name: str
   cases: tuple[MaskCase, ...] = ()
+  more: tuple[MaskCase, ...] = ()
   refusable: tuple[MaskCase, ...] = ()
   lacking: str | None = None
 
@@ -258,13 +259,13 @@ def _of_optax(target: str, name: str) -> Loss:
   if target != "optax":
     reference = row.adapt(getattr(optax.losses, name))
   main = {"axes": axes, "reference": reference, "skip": row.skip}
-  cases = [
-    case(row.shape, row.shape, **main, dtypes=("float32",)),
+  first = case(row.shape, row.shape, **main, dtypes=("float32",))
+  more = [
     case(row.shape, row.shape, **main, **_HALF_PRECISION, dtypes=("float16",)),
   ]
   # What overflows in bfloat16 does so in float32.
   main["skip"] = (*row.skip, "clean_arithmetic")
-  cases.append(
+  more.append(
     case(row.shape, row.shape, **main, **_HALF_PRECISION, dtypes=("bfloat16",))
   )
   refusable = []
@@ -275,11 +276,11 @@ def _of_optax(target: str, name: str) -> Loss:
     }
     if row.elementwise:  # It has examples where it is summed over an axis.
       of_examples["axis"] = -1
-    cases.append(case(row.shape, row.examples, **of_examples))
+    more.append(case(row.shape, row.examples, **of_examples))
     if len(row.examples) == 1 and len(row.data) > 1:
       # Masks that fit another axis by chance.
       refusable = [case(shape, (4,), **of_examples) for shape in _SQUARES]
-  return Loss(target, name, tuple(cases), tuple(refusable))
+  return Loss(target, name, (first,), tuple(more), tuple(refusable))
 
 
 def _in_float32(x: np.ndarray) -> np.ndarray:
@@ -312,19 +313,29 @@ def _of_anyone(target: str) -> list[Loss]:
     found: Any = importlib.import_module(module_name)
     for part in attribute.split("."):
       found = getattr(found, part)
-  except (ImportError, AttributeError) as error:
-    raise TargetError(f"{target} can't be imported: {error}") from error
-  if inspect.isfunction(found) and not inspect.signature(found).parameters:
-    found = found()
+    if inspect.isfunction(found) and not inspect.signature(found).parameters:
+      found = found()
+  except Exception as error:  # Whatever a module of anyone's raises.
+    raise TargetError(
+      f"{target} can't be imported: {type(error).__name__}: {error}"
+    ) from error
   if isinstance(found, MaskCase):
     found = [found]
   if isinstance(found, list | tuple):
     if not found or not all(isinstance(case, MaskCase) for case in found):
-      raise TargetError(f"{target} is no loss, and no sequence of MaskCase.")
-    named: dict[str, list[MaskCase]] = {}
+      held = ", ".join(sorted({type(x).__name__ for x in found})) or "nothing"
+      raise TargetError(
+        f"{target} is a {type(found).__name__} of {held}; it may be one of"
+        " MaskCase."
+      )
+    named: dict[str, MaskCase] = {}
     for case in found:
-      named.setdefault(case.name, []).append(case)
-    return [Loss(target, name, tuple(cases)) for name, cases in named.items()]
+      name, number = case.name, 1
+      while name in named:
+        number += 1
+        name = f"{case.name}#{number}"
+      named[name] = case
+    return [Loss(target, name, (case,)) for name, case in named.items()]
   if not callable(found):
     raise TargetError(
       f"{target} is {type(found).__name__}, not a loss or a MaskCase."
@@ -339,8 +350,14 @@ def _guessed(target: str, name: str, function: Callable[..., Any]) -> Loss:
   except (TypeError, ValueError) as error:
     raise TargetError(f"{target} has no signature: {error}") from error
   masks = [m for m in ("where", "mask") if m in parameters]
-  if not masks:
+  if not masks and target in TARGETS:
     return Loss(target, name, lacking="takes no `where`")
+  if not masks:
+    raise TargetError(
+      f"{target} has no argument `where` or `mask`. If its mask has another"
+      " name, tell it with a MaskCase: MaskCase(loss, ..., where=...,"
+      " where_name='...')."
+    )
   required = [
     p
     for p in parameters.values()
@@ -386,11 +403,12 @@ def _guessed(target: str, name: str, function: Callable[..., Any]) -> Loss:
           )
           return Loss(target, name, (case,))
       except Exception as error:
-        errors.append(f"{type(error).__name__}: {str(error).splitlines()[:1]}")
+        errors.append(f"{type(error).__name__}: {error}")
   raise TargetError(
     f"No arguments could be guessed for {target}: it runs on none of the shapes"
     " (4, 5) and (4,) with a mask of these. Name a MaskCase instead, or a"
-    f" sequence of them. With the first guess: {errors[0] if errors else ''}"
+    " sequence of them. With the first guess:"
+    f" {errors[0] if errors else 'it returns no floating array'}"
   )
 
 
@@ -402,9 +420,13 @@ def check(loss: Loss, quick: bool = False) -> Report:
     reasons = dict.fromkeys(CLAUSES, loss.lacking)
     clauses = {**reasons, "accepts": "broken"}
     return Report(loss.name, (finding,), clauses, 1, 0.0)
-  options = _QUICK if quick else {}
-  cases = loss.cases[:1] if quick else loss.cases
-  reports = [check_case(case, **options) for case in cases]
+  try:
+    if quick:
+      reports = [check_case(case, **_QUICK) for case in loss.cases]
+    else:
+      reports = [check_case(case) for case in (*loss.cases, *loss.more)]
+  except (TypeError, ValueError) as error:  # Findings are not raised.
+    raise TargetError(f"{loss.target}, {loss.name}: {error}") from error
   for case in loss.refusable:
     try:
       case.loss_fn(
@@ -441,6 +463,7 @@ def merged(name: str, reports: list[Report], seconds: float) -> Report:
     clauses,
     sum(report.cases for report in reports),
     seconds,
+    "; ".join(dict.fromkeys(report.data for report in reports)),
   )
 
 
@@ -454,7 +477,7 @@ def checked(
     return
   # A process of its own starts without the state of JAX, which can't be shared.
   with concurrent.futures.ProcessPoolExecutor(
-    jobs, multiprocessing.get_context("spawn")
+    jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=16
   ) as pool:
     running = {
       pool.submit(_check_by_name, loss.target, loss.name, quick): loss

@@ -307,6 +307,12 @@ def text(audit: Audit, color: bool = False) -> str:
   return "\n".join(line.rstrip() for line in lines).rstrip("\n") + "\n"
 
 
+def _reason_at(reason: str, places: Sequence[tuple[str, str]]) -> str:
+  """A reason, with the clause if it is of one alone."""
+  clauses = {clause for _, clause in places}
+  return f"{clauses.pop()}: {reason}" if len(clauses) == 1 else reason
+
+
 def _sums(
   audit: Audit, target: str, paint: Callable[[str, str], str]
 ) -> Iterator[str]:
@@ -321,11 +327,13 @@ def _sums(
   ):
     yield paint(line, "32" if s.clean == s.losses else "31")
   reasons = _reasons(audit.reports[target])
-  shown = [f"{reason} ({len(at):,})" for reason, at in reasons.items()][:5]
+  shown = [
+    f"{_reason_at(reason, at)} ({len(at):,})" for reason, at in reasons.items()
+  ][:5]
   if len(reasons) > 5:
     shown.append(_count(len(reasons) - 5, "other reason"))
   if shown:
-    for line in _wrap(f"not tried: {', '.join(shown)}", "  ", "    "):
+    for line in _wrap(f"not tried: {'; '.join(shown)}", "  ", "    "):
       yield paint(line, "2")
 
 
@@ -548,6 +556,7 @@ def json_text(audit: Audit) -> str:
       ok: Whether nothing was found.
       cases: How many results were compared.
       seconds: How long it took.
+      data: The dtypes and shapes that the loss was called with.
       clauses: For each clause that was asked for, "kept", "broken", or why it
         could not be tried on this loss.
       findings: What breaks the contract, a list. Of each finding, null where

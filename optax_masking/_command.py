@@ -67,7 +67,9 @@ def _add_audit(commands: Any) -> None:
     help=(
       "optax, optax_masking (by default both, side by side), or"
       " package.module:name of a loss, of a MaskCase or a list of them, or of a"
-      " function that returns these; the arguments of a loss are guessed"
+      " function that returns these. The arguments of a loss are guessed:"
+      " arrays of shape (4, 5), of integers of shape (4,) if they are named as"
+      " labels or an index, and a mask named where or mask"
     ),
   )
   parser.add_argument(
@@ -80,7 +82,7 @@ def _add_audit(commands: Any) -> None:
   parser.add_argument(
     "--quick",
     action="store_true",
-    help="float32, values and gradients, under jit, and fewer masks",
+    help="float32, values and gradients, without vmap, and fewer masks",
   )
   parser.add_argument(
     "--jobs",
@@ -112,7 +114,10 @@ def _add_audit(commands: Any) -> None:
   parser.add_argument(
     "--update-baseline",
     action="store_true",
-    help="write what is found to the baseline, and exit with 0",
+    help=(
+      "write what is found to the baseline, in the place of what it has of the"
+      " same losses, and exit with 0"
+    ),
   )
   parser.set_defaults(run=_run_audit, parser=parser)
 
@@ -120,10 +125,10 @@ def _add_audit(commands: Any) -> None:
 def _run_audit(given: argparse.Namespace) -> int:
   if given.update_baseline and not given.baseline:
     raise UsageError("--update-baseline needs --baseline FILE")
-  others = [_format_and_file(each) for each in given.also]
+  also = [_format_and_file(each) for each in given.also]
   known = None
   if given.baseline and not given.update_baseline:
-    known = _read_baseline(given.baseline)
+    known = _read_baseline(given.baseline, given.quick)
   targets = list(dict.fromkeys(given.target))
   losses = []
   try:
@@ -131,13 +136,13 @@ def _run_audit(given: argparse.Namespace) -> int:
       losses += _audit.losses_of(target, given.loss)
   except _audit.TargetError as error:
     raise UsageError(str(error)) from None
-  for _, file in [*others, (None, given.output)]:
+  for file in (*(file for _, file in also), given.output, given.baseline):
     if file is not None:
       _check_writable(file)
 
   jobs = given.jobs
   if jobs is None:
-    jobs = os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1
+    jobs = _processors() if jax.default_backend() == "cpu" else 1
   if jobs < 1:
     raise UsageError(f"--jobs must be 1 or more, but is {jobs}")
   # In the order of the losses, whichever is done first.
@@ -146,12 +151,16 @@ def _run_audit(given: argparse.Namespace) -> int:
     reports[loss.target][loss.name] = None
   progress = _Progress(len(losses))
   progress.tell(0, f"{losses[0].target} {losses[0].name}")
-  for done, (loss, report) in enumerate(
-    _audit.checked(losses, given.quick, jobs), 1
-  ):
-    reports[loss.target][loss.name] = report
-    progress.tell(done, f"{loss.target} {loss.name}")
-  progress.end()
+  try:
+    for done, (loss, report) in enumerate(
+      _audit.checked(losses, given.quick, jobs), 1
+    ):
+      reports[loss.target][loss.name] = report
+      progress.tell(done, f"{loss.target} {loss.name}")
+  except _audit.TargetError as error:
+    raise UsageError(str(error)) from None
+  finally:
+    progress.end()
 
   found = {
     _audit_formats.identify(target, name, finding)
@@ -161,21 +170,24 @@ def _run_audit(given: argparse.Namespace) -> int:
   }
   new: frozenset[str] | None = None
   gone: tuple[str, ...] = ()
+  checked = tuple(f"{loss.target}/{loss.name}/" for loss in losses)
   if known is not None:
-    checked = {f"{loss.target}/{loss.name}" for loss in losses}
     new = frozenset(found - known)
-    gone = tuple(
-      sorted(
-        each
-        for each in known - found
-        if "/".join(each.split("/")[:2]) in checked
-      )
-    )
+    gone = tuple(sorted(e for e in known - found if e.startswith(checked)))
   audit = _audit_formats.Audit(reports, _versions(), new, gone, given.quick)
-  for name, file in [*others, (given.format, given.output)]:
+  for name, file in (*also, (given.format, given.output)):
     _write(_formatted(audit, name, file), file)
   if given.update_baseline:
-    _write_baseline(given.baseline, found)
+    kept: set[str] = set()
+    if os.path.exists(given.baseline):
+      kept = _read_baseline(given.baseline, given.quick)
+    others = {each for each in kept if not each.startswith(checked)}
+    _write_baseline(given.baseline, found | others, given.quick)
+    print(
+      f"{given.baseline}: {len(found)} findings of these losses,"
+      f" {len(others)} of others",
+      file=sys.stderr,
+    )
     return 0
   return 1 if (found if new is None else new) else 0
 
@@ -231,23 +243,41 @@ def _versions() -> dict[str, str]:
   }
 
 
-def _read_baseline(file: str) -> set[str]:
+def _processors() -> int:
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _read_baseline(file: str, quick: bool) -> set[str]:
   try:
     content = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
-    findings = content["findings"]
+    findings, of_quick = content["findings"], content["quick"]
     if content["schema"] != 1 or not isinstance(findings, list):
       raise ValueError("it has another schema")
-    return set(map(str, findings))
   except FileNotFoundError:
     raise UsageError(
       f"there is no {file}; write it with --baseline {file} --update-baseline"
     ) from None
   except (OSError, KeyError, TypeError, ValueError) as error:
-    raise UsageError(f"{file} is no baseline: {error!r}") from None
+    raise UsageError(
+      f"{file} is no baseline ({type(error).__name__}: {error}); write one with"
+      f" --baseline FILE --update-baseline"
+    ) from None
+  if of_quick != quick:
+    raise UsageError(
+      f"{file} is the baseline of {'a quick' if of_quick else 'a full'} audit;"
+      f" use it {'with' if of_quick else 'without'} --quick"
+    )
+  return set(map(str, findings))
 
 
-def _write_baseline(file: str, found: set[str]) -> None:
-  content: Mapping[str, object] = {"schema": 1, "findings": sorted(found)}
+def _write_baseline(file: str, found: set[str], quick: bool) -> None:
+  content: Mapping[str, object] = {
+    "schema": 1,
+    "quick": quick,
+    "findings": sorted(found),
+  }
   pathlib.Path(file).write_text(
     json.dumps(content, indent=2) + "\n", encoding="utf-8"
   )

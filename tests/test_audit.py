@@ -47,10 +47,15 @@ LOSSES = """
     MaskCase(of_three_axes, X, where=X > 0.5),
     MaskCase(wrong, X, X, where=X > 0.5, name="left out",
              skip=("zero_gradient",)),
+    MaskCase(of_three_axes, X, where=X > 0.6, name="left out"),
   ]
+  unusable = [MaskCase(wrong, X, X, where=X)]
 
   def made():
     return cases[0]
+
+  def raising():
+    raise RuntimeError("at the start")
 
   number = 3
 """
@@ -104,6 +109,9 @@ class AuditTest(parameterized.TestCase):
     ("some_losses:nothing", "nothing"),
     ("some_losses:number", "is int"),
     ("some_losses:of_three_axes", "MaskCase"),
+    ("some_losses:without_mask", "where_name="),
+    ("some_losses:unusable", "where != 0"),
+    ("some_losses:raising", "RuntimeError: at the start"),
   )
   def test_wrong_target(self, target, text):
     status, output, errors = self.audit(target)
@@ -137,14 +145,9 @@ class AuditTest(parameterized.TestCase):
   def test_cases(self):
     status, output, _ = self.audit("some_losses:cases", "--format", "json")
     (losses,) = json.loads(output)["targets"].values()
-    self.assertEqual(list(losses), ["of_three_axes", "left out"])
+    self.assertEqual(list(losses), ["of_three_axes", "left out", "left out#2"])
     self.assertNotIn("zero_gradient", losses["left out"]["clauses"])
     self.assertEqual(status, 0, output)
-
-  def test_a_loss_without_mask(self):
-    status, output, _ = self.audit("some_losses:without_mask")
-    self.assertEqual(status, 1)
-    self.assertIn("takes no `where`", output)
 
   def test_baseline(self):
     arguments = ("some_losses:wrong", "--baseline", "known.json")
@@ -163,6 +166,20 @@ class AuditTest(parameterized.TestCase):
     status, output, _ = self.audit(*arguments, "--format", "json")
     self.assertEqual(status, 1)
     self.assertEqual(json.loads(output)["new"], [first])
+
+    # A baseline of a quick audit is not one of a full audit.
+    status, _, errors = run("audit", *arguments)
+    self.assertEqual(status, 2)
+    self.assertIn("--quick", errors)
+
+    # What other losses have stays as it is.
+    status, *_ = self.audit(
+      "some_losses:right", *arguments[1:], "--update-base"
+    )
+    self.assertEqual(status, 0)
+    self.assertEqual(
+      json.loads(pathlib.Path("known.json").read_text()), changed
+    )
 
     # One is gone, and one is of a loss that was not checked.
     gone = "some_losses:wrong/wrong/empty/-/value/-/float32"
@@ -198,8 +215,8 @@ class AuditTest(parameterized.TestCase):
     with redirect_stdout(io.StringIO()), redirect_stderr(errors):
       main(["audit", "--quick", "some_losses:cases"])
     told = errors.getvalue()
-    self.assertIn("[0/2] some_losses:cases of_three_axes", told)
-    self.assertIn("[2/2]", told)
+    self.assertIn("[0/3] some_losses:cases of_three_axes", told)
+    self.assertIn("[3/3]", told)
     self.assertNotIn("\n", told)
     self.assertTrue(told.endswith("\r\x1b[K"))
 

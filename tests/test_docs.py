@@ -44,15 +44,23 @@ def test_readme():
 def test_readme_file_of_tests(tmp_path):
   """The one to be copied passes, and fails if its loss forgets the mask."""
   (text,) = re.findall(r"```python\n(# test_masks.py\n.*?)```", README, re.S)
-  changed = text.replace("jnp.where(where, predictions - targets, 0)", "{}")
-  for error, passes in (
-    ("jnp.where(where, predictions - targets, 0)", True),
-    ("(predictions - targets) * where", False),
-  ):
-    (tmp_path / "test_masks.py").write_text(changed.replace("{}", error))
+  masked = "jnp.where(where, predictions - targets, 0)"
+  assert masked in text
+  for error, status in ((masked, 0), ("(predictions - targets) * where", 1)):
+    (tmp_path / "test_masks.py").write_text(text.replace(masked, error))
     command = [sys.executable, "-m", "pytest", "-q", "test_masks.py"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True)
-    assert (result.returncode == 0) == passes, result.stdout
+    result = subprocess.run(
+      command, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == status, result.stdout
+    assert ("mean_squared_error breaks" in result.stdout) == bool(status)
+
+
+def test_workflows():
+  """The files that they name are there."""
+  for file in (ROOT / ".github").rglob("*.yml"):
+    for path in re.findall(r"[ ./](\.github/[\w./-]+)", file.read_text()):
+      assert (ROOT / path).exists(), path
 
 
 def test_readme_begins_with_the_point():

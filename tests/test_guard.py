@@ -294,6 +294,203 @@ class OptionsTest(parameterized.TestCase):
     self.assertTrue(report.ok)
 
 
+class ArgumentsTest(parameterized.TestCase):
+  """Losses of many kinds of arguments and results."""
+
+  def clauses(self, loss, *args, where=ELEMENTS, **options):
+    report = testing.check_mask_safe(loss, *args, where=where, **options)
+    return [k for k, v in report.clauses.items() if v == "broken"]
+
+  def test_backward_pass_by_hand(self):
+    """A custom_vjp has no forward mode: told, and no reason to stop."""
+
+    @jax.custom_vjp
+    def square(x):
+      return x**2
+
+    square.defvjp(lambda x: (x**2, x), lambda x, t: (2 * x * t,))
+
+    def right(predictions, targets, where):
+      return square(jnp.where(where, predictions - targets, 0))
+
+    def wrong(predictions, targets, where):
+      return jnp.where(where, square(predictions - targets), 0)
+
+    options = {"where": ELEMENTS}
+    report = testing.check_mask_safe(right, PREDICTIONS, TARGETS, **options)
+    self.assertEqual({f.clause for f in report.findings}, {"transforms"})
+    self.assertIn("derivatives=('value', 'vjp')", str(report))
+    report = testing.check_mask_safe(wrong, PREDICTIONS, TARGETS, **options)
+    self.assertEqual(report.clauses["zero_gradient"], "broken")
+    testing.assert_mask_safe(
+      right, PREDICTIONS, TARGETS, derivatives=("value", "vjp"), **options
+    )
+
+  @parameterized.parameters(False, True)
+  def test_result_with_axes_of_one(self, keepdims):
+    def mean_of_all(predictions, where):
+      kept = jnp.where(where, predictions, 0) ** 2
+      return jnp.mean(kept, -1, keepdims=keepdims)
+
+    self.assertEqual(self.clauses(mean_of_all, PREDICTIONS), ["compaction"])
+
+  def test_mean_over_masked_steps(self):
+    """Of a mask with an axis of one at the end."""
+
+    def mean_of_steps(predictions, where):
+      kept = jnp.where(where, predictions, 0) ** 2
+      return jnp.mean(jnp.sum(kept, -1), -1)
+
+    x, where = planted_faults.normal(1, 2, 3, 4), np.eye(2, 3)[..., None] > 0
+    self.assertEqual(
+      self.clauses(mean_of_steps, x, where=where), ["compaction"]
+    )
+
+  def test_mean_over_masked_examples(self):
+    """Of a loss that has an axis of their number, but not because of it."""
+
+    def of_differences(predictions, where):
+      kept = jnp.where(where[:, None], predictions, 0)
+      return jnp.mean(jnp.sum(jnp.diff(kept) ** 2, -1))
+
+    self.assertEqual(
+      self.clauses(of_differences, PREDICTIONS, where=planted_faults.EXAMPLES),
+      ["compaction"],
+    )
+
+  def test_result_of_the_last_axis(self):
+    def over_examples(predictions, where):
+      return jnp.mean(jnp.where(where, predictions, 0) ** 2, 0)
+
+    self.assertIn("compaction", self.clauses(over_examples, PREDICTIONS))
+
+  def test_numbers(self):
+    """Data without an axis, as those of a loss that is meant for vmap."""
+
+    def weighted(prediction, where):
+      return prediction**2 * where
+
+    number, where = np.float32(2), np.array(True)
+    self.assertIn("zero_gradient", self.clauses(weighted, number, where=where))
+
+  def test_parameters_are_no_data(self):
+    def linear(x, parameters, labels, where):
+      logits = jnp.where(where[:, None], x, 0) @ parameters["w"]
+      log_p = jax.nn.log_softmax(logits + parameters["b"])
+      labels = jnp.where(where, labels, 0)[:, None]
+      own = jnp.take_along_axis(log_p, labels, -1)[:, 0]
+      return jnp.where(where, -own, 0)
+
+    parameters = {
+      "w": planted_faults.normal(1, 3, 6),
+      "b": planted_faults.normal(2, 6),
+    }
+    self.assertEqual(
+      self.clauses(
+        linear,
+        planted_faults.VECTORS,
+        parameters,
+        planted_faults.INDEX,
+        where=planted_faults.EXAMPLES,
+      ),
+      [],
+    )
+
+  def test_a_comparison_that_nan_fails_hides_nothing(self):
+    def hinge(scores, where):
+      margins = 1 - jnp.where(where, scores, 1)
+      return jnp.where(margins > 0, margins, 0)
+
+    self.assertEqual(self.clauses(hinge, PREDICTIONS), [])
+
+  def test_axes_of_the_result(self):
+    def moved(predictions, where):
+      kept = jnp.where(where, predictions, 0)
+      return jnp.sum(kept**2, -1)[None]
+
+    for axes in ((None, 0), None):
+      self.assertEqual(
+        self.clauses(moved, PREDICTIONS, axes={"return": axes}), []
+      )
+
+  def test_what_is_no_data_is_passed_on(self):
+    def noisy(predictions, key, where, *, kind):
+      assert kind == "normal"
+      noise = jax.random.normal(key, (), predictions.dtype)
+      return jnp.where(where, predictions + noise, 0) ** 2
+
+    key = jax.random.key(0)
+    self.assertEqual(self.clauses(noisy, PREDICTIONS, key, kind="normal"), [])
+
+  def test_a_leak_for_concrete_arrays_alone(self):
+    def unless_traced(predictions, where):
+      if isinstance(predictions, jax.core.Tracer):
+        return jnp.where(where, predictions, 0)
+      return predictions * 1.0
+
+    self.assertIn("invariance", self.clauses(unless_traced, PREDICTIONS))
+
+  def test_a_nan_inside_of_a_loop(self):
+    def in_order(predictions, where):
+      def step(total, row):
+        x, kept = row
+        mean = jnp.sum(jnp.where(kept, x, 0)) / jnp.sum(kept)
+        return total, jnp.where(jnp.any(kept), mean, 0)
+
+      return jax.lax.scan(step, 0.0, (predictions, where))[1]
+
+    report = testing.check_mask_safe(in_order, PREDICTIONS, where=ELEMENTS)
+    self.assertEqual(report.clauses["clean_arithmetic"], "broken")
+    (code,) = {f.code for f in report.findings}
+    self.assertStartsWith(code, "mean = ")
+
+  def test_a_label_out_of_range_is_at_fault(self):
+    def with_nan(logits, labels, where):
+      log_p = jax.nn.log_softmax(jnp.where(where[:, None], logits, 0))
+      own = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
+      return jnp.where(where, -own, 0)
+
+    report = testing.check_mask_safe(
+      with_nan,
+      planted_faults.LOGITS,
+      planted_faults.INDEX,
+      where=planted_faults.EXAMPLES,
+    )
+    (finding,) = report.findings
+    self.assertEqual(finding.argument, "labels")
+    self.assertEqual(finding.poison, "-100")
+    self.assertEqual(finding.primitive, "gather")
+
+  def test_without_reverse_mode(self):
+    """A loss with values alone is compared by its values."""
+
+    def count_up(predictions, where):
+      total = jnp.sum(jnp.where(where, predictions, 0) ** 2, -1)
+      shares = total / predictions.shape[-1]
+      return jax.lax.while_loop(
+        lambda s: jnp.all(s < 0), lambda s: s + 1, shares
+      )
+
+    found = self.clauses(count_up, PREDICTIONS, derivatives=("value",))
+    self.assertEqual(found, ["compaction"])
+
+  def test_cancelling_derivatives(self):
+    """What is 0 but for rounding is judged by what is not."""
+    for seed in range(3):
+      x, y = (planted_faults.normal(seed + i, 2, 4, 5) for i in (0, 10))
+      where = planted_faults.uniform(seed, 4, 5) < 0.7
+      self.assertEqual(
+        self.clauses(
+          optax.cosine_distance,
+          x,
+          y,
+          where=np.stack([where, ~where]),
+          samples=4,
+        ),
+        [],
+      )
+
+
 class UsageTest(parameterized.TestCase):
   def check_raises(self, error, text, loss=masked_square, args=None, **options):
     with self.assertRaisesRegex(error, text):
@@ -311,8 +508,16 @@ class UsageTest(parameterized.TestCase):
 
   def test_arguments(self):
     self.check_raises(ValueError, "no array", args=([1.0], [2.0]))
+    empty = np.zeros((0, 5), "float32")
+    self.check_raises(
+      ValueError, r"\(0, 5\)", args=(empty, empty), where=empty == 0
+    )
     self.check_raises(
       ValueError, "predictions int32", args=(np.ones(3, "int32"),)
+    )
+    large = np.zeros((2048, 512), "float32")
+    self.check_raises(
+      ValueError, "2,097,152 numbers", args=(large, large), where=large == 0
     )
     broken = np.where(ELEMENTS, np.nan, PREDICTIONS)
     self.check_raises(
@@ -328,11 +533,15 @@ class UsageTest(parameterized.TestCase):
   @parameterized.parameters(
     ({"skip": ("nothing",)}, ValueError, "`skip` has 'nothing'.*invariance"),
     ({"skip": "empty"}, TypeError, r"skip=\('empty',\)"),
+    ({"skip": ("accepts",)}, ValueError, "`skip` has 'accepts'"),
     ({"derivatives": ("third",)}, ValueError, "'third'.*hessian"),
     ({"transforms": ("pmap",)}, ValueError, "'pmap'.*vmap"),
     ({"masks": ("some",)}, ValueError, "'some'.*rows"),
     ({"dtypes": ("int32",)}, ValueError, "int32.*floating"),
     ({"samples": 0}, ValueError, "`samples`.*0"),
+    ({"masks": ()}, ValueError, "`masks` is empty"),
+    ({"dtypes": "float16"}, TypeError, r"dtypes=\('float16',\)"),
+    ({"axes": {"targets": (0, 0)}}, ValueError, "twice for `targets`"),
     ({"axes": {"weights": (0,)}}, ValueError, "weights.*predictions, targets"),
     ({"axes": {"targets": (0,)}}, ValueError, "has 1 for `targets`"),
     ({"axes": {"targets": (0, 2)}}, ValueError, "has 2 for `targets`"),
@@ -349,7 +558,8 @@ class UsageTest(parameterized.TestCase):
       no_mask, PREDICTIONS, TARGETS, where=ELEMENTS
     )
     self.assertEqual([f.clause for f in report.findings], ["accepts"])
-    self.assertIn("unexpected keyword argument 'where'", str(report))
+    self.assertIn("has no argument `where`", str(report))
+    self.assertNotIn("skip=", str(report))
     self.assertIn("does not run", report.clauses["invariance"])
 
 

@@ -24,6 +24,10 @@ from optax_masking.testing._checker import Checker, Findings
 from optax_masking.testing._report import Report
 
 
+def _described(x: np.ndarray) -> str:
+  return f"{x.dtype}{list(x.shape)}"
+
+
 @contextlib.contextmanager
 def _float64_for(dtype: Any) -> Iterator[None]:
   if dtype is None or jnp.dtype(dtype) != jnp.float64:
@@ -116,7 +120,11 @@ def check_mask_safe(
       with _float64_for(dtype):
         problem = Problem(loss_fn, args, kwargs, where, options, dtype)
         Checker(problem, findings).run()
-  return findings.report(name_of(loss_fn), time.perf_counter() - start)
+  data = [f"{a.name} {_described(a.value)}" for a in problem.arguments]
+  data.append(f"{where_name} {_described(problem.where)}")
+  return findings.report(
+    name_of(loss_fn), time.perf_counter() - start, ", ".join(data)
+  )
 
 
 def assert_mask_safe(
@@ -146,8 +154,9 @@ def assert_mask_safe(
     loss_fn: The loss: a function of arrays and a mask that returns one floating
       array, of any shape.
     *args: What to call it with, with numbers that it is made for: small arrays
-      do, of some rows and columns. Arrays of JAX or NumPy, also inside of
-      dicts, lists and tuples, are the data. Anything else is passed on.
+      do, of some rows and columns; large ones take long. Arrays of JAX or
+      NumPy, also inside of dicts, lists and tuples, are the data. Anything else
+      is passed on.
     where: A mask that fits the data: boolean, True for what is included.
     where_name: The keyword of the mask.
     axes: Which axes of the data the axes of an argument are, by its name, where
@@ -160,16 +169,22 @@ def assert_mask_safe(
     reference: The same loss without a mask, which the loss has to equal where
       nothing is masked, and to be, as a program, without a mask. By default
       the loss itself, called without its mask or with None, if it can be.
-    skip: Names of clauses that the loss does not mean to keep.
+    skip: Names of clauses that the loss does not mean to keep, any of
+      `"invariance"`, `"zero_gradient"`, `"compaction"`, `"empty"`,
+      `"masked_label"` (an example whose own class is masked has loss 0),
+      `"identity"`, `"honesty"`, `"clean_arithmetic"` and `"transforms"`.
     dtypes: The dtypes to try for the floating arguments, such as
-      `("float32", "bfloat16")`. By default they stay as they are.
+      `("float32", "bfloat16")`. By default they stay as JAX takes them, so
+      float64 becomes float32 where that is not enabled.
     derivatives: Which of `"value"`, `"vjp"`, `"jvp"` and `"hessian"` to try.
     transforms: Which of `"eager"`, `"jit"` and `"vmap"` to try.
     masks: Which masks to try: `"given"`, `"none"` and `"all"` (nothing and
       everything included), `"elements"` (one masked, one included), `"rows"`
       and `"columns"` (of the first and the last axis of `where`).
-    samples: How many elements, rows and columns to try at most.
-    **kwargs: What else to call the loss with, arrays as in `args`.
+    samples: How many elements, rows and columns to try at most; fewer of arrays
+      of many thousand numbers.
+    **kwargs: What else to call the loss with, arrays as in `args`. What has the
+      name of an option goes by `functools.partial(loss_fn, ...)`.
 
   Returns:
     The `Report`, with the number of cases that were tried.
@@ -182,7 +197,8 @@ def assert_mask_safe(
     TypeError: If `where` is not boolean, or the loss does not return a floating
       array.
     ValueError: If no array is floating, if `where` does not fit the data, if an
-      included element is not finite, or if an option is unknown.
+      included element is not finite, if there are more than a million numbers,
+      or if an option is unknown.
 
   Examples:
     >>> import jax.numpy as jnp

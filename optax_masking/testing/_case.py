@@ -16,6 +16,10 @@ DERIVATIVES = ("value", "vjp", "jvp", "hessian")
 TRANSFORMS = ("eager", "jit", "vmap")
 MASKS = ("given", "none", "all", "elements", "rows", "columns")
 
+# How many numbers the data may have, and how many large data have.
+MOST = 2**20
+LARGE = 2**17
+
 # Which axes of the data the axes of an array are. None is for an axis that the
 # data lack.
 Axes = tuple[int | None, ...]
@@ -82,7 +86,7 @@ class Options:
 
   def __post_init__(self):
     for field, known in (
-      ("skip", tuple(CLAUSES)),
+      ("skip", tuple(c for c in CLAUSES if c != "accepts")),
       ("derivatives", DERIVATIVES),
       ("transforms", TRANSFORMS),
       ("masks", MASKS),
@@ -98,6 +102,13 @@ class Options:
           raise ValueError(
             f"`{field}` has {each!r}; it may have {', '.join(known)}."
           )
+      if not given and field in ("transforms", "masks"):
+        raise ValueError(f"`{field}` is empty; it may have {', '.join(known)}.")
+    if isinstance(self.dtypes, str):
+      raise TypeError(
+        f"`dtypes` must be a sequence, but is {self.dtypes!r}. Write"
+        f" dtypes=({self.dtypes!r},)."
+      )
     for dtype in self.dtypes or ():
       if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise ValueError(
@@ -127,7 +138,12 @@ class Argument:
 
 
 def _is_array(x: Any) -> bool:
-  return isinstance(x, jax.Array | np.ndarray | np.generic)
+  """Whether it is data: no key of a random generator, and no array of text."""
+  if not isinstance(x, jax.Array | np.ndarray | np.generic):
+    return False
+  if x.dtype == np.uint32 and x.shape == (2,):  # An older kind of key.
+    return False
+  return jnp.issubdtype(x.dtype, jnp.number) or x.dtype == np.bool_
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
@@ -146,7 +162,7 @@ def _find_axes(
       k if s in (1, d) else None
       for k, (s, d) in enumerate(zip(shape, data, strict=True))
     )
-    shared = not rank or (shape[0] == 1 != data[0])
+    shared = rank > 0 and (axes[0] is None or shape[0] == 1 != data[0])
     return axes, not shared
   if reduced is not None:
     batch = tuple(k for k in range(rank) if k not in reduced)
@@ -202,13 +218,24 @@ class Problem:
         f"`axes` names {sorted(unknown)}, but the arrays are"
         f" {', '.join(arrays)}, and 'where' and 'return'."
       )
-    free = {n: x for n, x in arrays.items() if options.axes.get(n, ()) == ()}
+    self.size = sum(x.size for x in arrays.values())
+    if self.size > MOST:
+      raise ValueError(
+        f"The arrays have {self.size:,} numbers, and all derivatives are"
+        f" computed many times: pass {MOST:,} at most. Some rows and some"
+        " columns of them show the same faults."
+      )
+    free = {n: x for n, x in arrays.items() if n not in options.axes}
     rank = max(x.ndim for x in (free or arrays).values())
     largest = [x.shape for x in (free or arrays).values() if x.ndim == rank]
     try:
       self.shape = np.broadcast_shapes(*largest)
     except ValueError:
       self.shape = largest[0]
+    if not all(self.shape):
+      raise ValueError(
+        f"The data have shape {self.shape}, without any element to check."
+      )
     self.reduced = _reduced_axes(loss_fn, kwargs, rank)
     self.arguments = [
       self._argument(name, x, options) for name, x in arrays.items()
@@ -224,6 +251,12 @@ class Problem:
       return Argument(name, x, (None,) * x.ndim, False)
     rank = len(self.shape)
     axes = tuple(a if a is None else _axis(name, a, rank) for a in axes)
+    if len(set(axes) - {None}) != len([a for a in axes if a is not None]):
+      raise ValueError(
+        f"`axes` has an axis of the data twice for `{name}`. An array of pairs"
+        " of examples can't be checked: make it of the examples in a function"
+        " of these."
+      )
     if len(axes) != x.ndim:
       raise ValueError(
         f"`axes` has {len(axes)} for `{name}`, of shape {x.shape}."
@@ -251,11 +284,13 @@ class Problem:
     for axes in candidates:
       if _broadcasts(shape, [self.shape[k] for k in axes]):
         return axes
+    data = next(a.name for a in self.arguments if a.value.ndim == rank)
     raise ValueError(
       f"`where` has shape {shape}, which does not fit data of shape"
-      f" {self.shape}. It must broadcast to the data, or have the shape of"
-      " their first axes (one entry an example). Otherwise tell which axes of"
-      " the data its own are: axes={'where': (0, 2)}."
+      f" {self.shape}, that of `{data}`. It must broadcast to the data, or have"
+      " the shape of their first axes (one entry an example). Otherwise tell"
+      " which axes of the data its own are, axes={'where': (0, 2)}, and which"
+      f" arrays are no data, axes={{{data!r}: None}}."
     )
 
   @property
@@ -276,21 +311,21 @@ class Problem:
 
   def call(self, values: Sequence[Any], **mask: Any) -> Any:
     """Calls the loss on other arrays; without `where`, without a mask."""
-    leaves = list(self._leaves)
-    for position, x in zip(self._positions, values, strict=True):
-      leaves[position] = x
-    args, kwargs = jax.tree_util.tree_unflatten(self._tree, leaves)
+    args, kwargs = self._arguments_of(values)
     if mask:
       kwargs = {**kwargs, self.options.where_name: mask["where"]}
     return self.loss_fn(*args, **kwargs)
 
   def call_reference(self, values: Sequence[Any]) -> Any:
     """Calls the reference, on the same arguments."""
+    args, kwargs = self._arguments_of(values)
+    return self.options.reference(*args, **kwargs)  # type: ignore[misc]
+
+  def _arguments_of(self, values: Sequence[Any]) -> tuple[Any, Any]:
     leaves = list(self._leaves)
     for position, x in zip(self._positions, values, strict=True):
       leaves[position] = x
-    args, kwargs = jax.tree_util.tree_unflatten(self._tree, leaves)
-    return self.options.reference(*args, **kwargs)  # type: ignore[misc]
+    return jax.tree_util.tree_unflatten(self._tree, leaves)
 
   def full(self, where: np.ndarray) -> np.ndarray:
     """A mask in the shape of the data."""
@@ -330,8 +365,8 @@ class Problem:
       return tuple(range(len(shape)))
     if not shape:
       return ()
-    axes, maskable = _find_axes(shape, self.shape, self.reduced)
-    return axes if maskable and None not in axes else None
+    axes, _ = _find_axes(shape, self.shape, self.reduced)
+    return None if None in axes else axes
 
 
 def _axis(name: str, axis: int, rank: int) -> int:

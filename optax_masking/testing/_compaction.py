@@ -37,6 +37,7 @@ def compactions(
   data: Sequence[np.ndarray],
   where: np.ndarray,
   result_axes: Axes | None,
+  result_shape: tuple[int, ...],
   roles: Roles,
   separate: Callable[[int], bool],
 ) -> Iterator[Compact]:
@@ -47,6 +48,7 @@ def compactions(
     data: The arrays to make smaller ones of.
     where: The mask.
     result_axes: Which axes of the data the result has, None if unknown.
+    result_shape: The shape of the result.
     roles: What integer arguments have to do with an axis that they lack.
     separate: Whether the slices along an axis do not meet in the loss.
 
@@ -62,12 +64,22 @@ def compactions(
     kept = full.any(others)
     if (full == np.expand_dims(kept, others)).all():
       compact = _without(
-        problem, data, axis, np.flatnonzero(kept), result_axes, roles
+        problem,
+        data,
+        axis,
+        np.flatnonzero(kept),
+        result_axes,
+        result_shape,
+        roles,
       )
       if compact is not None:
         yield compact
       return
-  yield from _slices(problem, data, full, result_axes, roles, separate)
+  if all(
+    k is not None and s == problem.shape[k]
+    for k, s in zip(result_axes, result_shape, strict=True)
+  ):
+    yield from _slices(problem, data, full, result_axes, roles, separate)
 
 
 def _is_integer(x: np.ndarray) -> bool:
@@ -80,6 +92,7 @@ def _without(
   axis: int,
   kept: np.ndarray,
   result_axes: Axes,
+  result_shape: tuple[int, ...],
   roles: Roles,
 ) -> Compact | None:
   """All arrays with some indices of an axis alone."""
@@ -109,9 +122,7 @@ def _without(
   return Compact(
     values,
     take_where(ones),
-    taking(
-      result_axes, [problem.shape[k] for k in result_axes if k is not None]
-    ),
+    taking(result_axes, result_shape),
     left_of,
   )
 

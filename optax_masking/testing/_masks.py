@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking.testing._case import Problem
+from optax_masking.testing._case import LARGE, Problem
 
 
 def spread(count: int, samples: int) -> list[int]:
@@ -19,7 +19,8 @@ def spread(count: int, samples: int) -> list[int]:
 def masks(problem: Problem) -> dict[str, np.ndarray]:
   """Masks of the given one's shape, by name, those that tell most first."""
   given, kinds = problem.where, problem.options.masks
-  samples = problem.options.samples
+  # Of large data one element is tried, and one row.
+  samples = max(1, min(problem.options.samples, LARGE // max(1, problem.size)))
   found: dict[str, np.ndarray] = {}
 
   def add(name: str, where: np.ndarray) -> None:
@@ -41,9 +42,15 @@ def masks(problem: Problem) -> dict[str, np.ndarray]:
   if "rows" in kinds and given.ndim > 1:
     for i in spread(given.shape[0], samples):
       add(f"all but the row [{i}]", without((i,)))
+  if "columns" in kinds:
+    for axis in range(1, given.ndim):
+      for i in spread(given.shape[axis], samples):
+        column = ":, " * axis + str(i) + ", :" * (given.ndim - axis - 1)
+        add(
+          f"all but the column [{column}]",
+          without((slice(None),) * axis + (i,)),
+        )
   if "columns" in kinds and given.ndim > 1 and given.shape[-1] > 1:
-    for i in spread(given.shape[-1], samples):
-      add(f"all but the column [..., {i}]", without((..., i)))
     # Another element of each row, for what depends on how many are left.
     where = np.ones(given.shape, bool).reshape(-1, given.shape[-1])
     rows = np.arange(len(where))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 CLAUSES: Mapping[str, str] = {
@@ -84,7 +84,7 @@ class Finding:
       "arose in": self.primitive
       and f"`{self.primitive}`" + (f" at {self.source}" if self.source else ""),
       "code": self.code,
-      "fails in": f"{self.cases:,} of the cases",
+      "fails in": _cases(self.cases),
     }
     for name, text in details.items():
       if text:
@@ -97,7 +97,30 @@ class Finding:
     if self.wrt is not None:
       text += f" with respect to `{self.wrt}`"
     tried = ", ".join(filter(None, (self.transform, self.dtype)))
-    return f"{text} is {self.got} ({tried}, {self.cases:,} cases)"
+    return f"{text} is {self.got} ({tried}, {_cases(self.cases)})"
+
+
+def _cases(number: int) -> str:
+  return f"{number:,} case{'' if number == 1 else 's'}"
+
+
+def _advice(broken: Sequence[str]) -> Iterator[str]:
+  """How to go on."""
+  if {"invariance", "zero_gradient"} & set(broken):
+    yield _wrapped(
+      "",
+      "To mend it, replace what is masked before anything is computed of it,"
+      " `x = jnp.where(where, x, 0)`, and the result once more where nothing is"
+      " included; `optax_masking.masked_inputs` does both. A select or a"
+      " product at the end alone leaves the gradient NaN.",
+    ).strip()
+  names = [clause for clause in broken if clause != "accepts"]
+  if names:
+    yield _wrapped(
+      "",
+      "A clause that the loss does not mean to keep may be left out:"
+      f" skip=({', '.join(map(repr, names))},).",
+    ).strip()
 
 
 def _wrapped(name: str, text: str) -> str:
@@ -122,6 +145,7 @@ class Report:
       it could not be tried on this loss.
     cases: How many results were compared.
     seconds: How long it took.
+    data: The dtypes and shapes that it was called with.
   """
 
   name: str
@@ -129,6 +153,7 @@ class Report:
   clauses: Mapping[str, str]
   cases: int
   seconds: float
+  data: str = ""
 
   @property
   def ok(self) -> bool:
@@ -142,6 +167,7 @@ class Report:
       "ok": self.ok,
       "cases": self.cases,
       "seconds": round(self.seconds, 3),
+      "data": self.data,
       "clauses": dict(self.clauses),
       "findings": [finding.to_dict() for finding in self.findings],
     }
@@ -156,6 +182,8 @@ class Report:
       f"{self.name} breaks {len(broken)} {plural} of the mask contract"
       f" ({tried}): {', '.join(broken)}."
     )
+    if self.data:
+      head += f"\nIt was called with {self.data}."
     groups: dict[Any, list[Finding]] = {}
     for finding in self.findings:
       groups.setdefault((finding.clause, finding.argument), []).append(finding)
@@ -166,9 +194,4 @@ class Report:
         also = "; ".join(other.told_briefly() for other in others)
         lines.append(_wrapped("and", also))
       texts.append("\n".join(lines))
-    skip = ", ".join(repr(clause) for clause in broken)
-    foot = (
-      "If the loss does not mean to keep a clause, leave it out:"
-      f" skip=({skip},)."
-    )
-    return "\n\n".join([head, *texts, foot])
+    return "\n\n".join([head, *texts, *_advice(broken)])

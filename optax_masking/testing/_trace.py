@@ -2,7 +2,7 @@
 
 import linecache
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,8 @@ _MOVES = (
   "squeeze",
   "transpose",
 )
+# Longer loops are one operation.
+_LENGTH = 64
 _GUARD = os.path.dirname(__file__) + os.sep
 _LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (jax, np))
 _LOSSES = (
@@ -97,7 +99,9 @@ def _run(
     values = [read(atom) for atom in eqn.invars]
     traceback = outer or eqn.source_info.traceback
     inner = _inner(eqn, values)
-    if inner is not None:
+    if eqn.primitive.name == "scan" and eqn.params["length"] <= _LENGTH:
+      results = _scan(eqn.params, values, steps, outer, traceback)
+    elif inner is not None:
       inner, values = inner
       closed = isinstance(inner, core.ClosedJaxpr)
       body = inner.jaxpr if closed else inner
@@ -110,12 +114,50 @@ def _run(
         traceback if outer or _is_of_a_library(body) else None,
       )
     else:
-      arrays = eqn.primitive.bind(*(v.array for v in values), **eqn.params)
+      bound = eqn.primitive.get_bind_params(eqn.params)
+      # In older versions of JAX, with functions beside them.
+      functions, parameters = bound if isinstance(bound, tuple) else ([], bound)
+      arrays = eqn.primitive.bind(
+        *functions, *(v.array for v in values), **parameters
+      )
       arrays = arrays if eqn.primitive.multiple_results else [arrays]
       results = [Value(x, len(steps), i) for i, x in enumerate(arrays)]
       steps.append(Step(eqn.primitive.name, values, results, traceback))
     known.update(zip(eqn.outvars, results, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
+
+
+def _scan(
+  parameters: Mapping[str, Any],
+  values: list[Value],
+  steps: list[Step],
+  outer: Any,
+  traceback: Any,
+) -> list[Value]:
+  """A loop as its steps, for what goes wrong inside of it."""
+  body, count = parameters["jaxpr"], parameters["num_consts"]
+  carried = count + parameters["num_carry"]
+  constants, carry = values[:count], values[count:carried]
+  rows: list[list[Value]] = []
+  order = range(parameters["length"])
+  for i in reversed(order) if parameters["reverse"] else order:
+    row = []
+    for x in values[carried:]:
+      row.append(Value(x.array[i], len(steps), 0))
+      steps.append(Step("slice", [x], [row[-1]], traceback))
+    results = _run(
+      body.jaxpr, body.consts, [*constants, *carry, *row], steps, outer
+    )
+    carry = results[: len(carry)]
+    rows.append(results[len(carry) :])
+  if parameters["reverse"]:
+    rows.reverse()
+  stacked = []
+  for column in zip(*rows, strict=True):
+    array = jnp.stack([x.array for x in column])
+    stacked.append(Value(array, len(steps), 0))
+    steps.append(Step("concatenate", list(column), [stacked[-1]], traceback))
+  return carry + stacked
 
 
 def _inner(eqn: Any, values: list[Value]) -> tuple[Any, list[Value]] | None:
@@ -133,7 +175,8 @@ def _inner(eqn: Any, values: list[Value]) -> tuple[Any, list[Value]] | None:
 
 
 def _is_of_a_library(jaxpr: Any) -> bool:
-  written = str(getattr(jaxpr.debug_info, "func_src_info", "") or "")
+  info = getattr(jaxpr, "debug_info", None)
+  written = str(getattr(info, "func_src_info", "") or "")
   return any(library in written for library in _LIBRARIES)
 
 
@@ -212,6 +255,6 @@ def source(step: Step) -> tuple[str | None, str | None]:
 
 def _place(frame: Any) -> str:
   name = frame.file_name
-  relative = os.path.relpath(name) if os.path.isabs(name) else name
-  name = name if relative.startswith("..") else relative
+  folder = os.getcwd() + os.sep
+  name = name.removeprefix(folder)
   return f"{name}:{frame.line_num} in {frame.function_name}"
