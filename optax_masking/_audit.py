@@ -18,7 +18,8 @@ import numpy as np
 import optax
 
 import optax_masking
-from optax_masking.testing import CLAUSES, Finding, MaskCase, Report, check_case
+from optax_masking.testing import CLAUSES, Finding, MaskCase, Report
+from optax_masking.testing._api import check_case
 
 TARGETS = {"optax": optax.losses, "optax_masking": optax_masking.losses}
 
@@ -477,7 +478,7 @@ def checked(
     return
   # A process of its own starts without the state of JAX, which can't be shared.
   with concurrent.futures.ProcessPoolExecutor(
-    jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=16
+    jobs, multiprocessing.get_context("spawn")
   ) as pool:
     running = {
       pool.submit(_check_by_name, loss.target, loss.name, quick): loss

@@ -20,8 +20,11 @@ SLOW = (
   "test_segmentation.py",
   "test_self_supervised.py",
   "test_examples.py",
+  "test_guard.py",
+  "test_audit.py",
+  "test_pytest_plugin.py",
 )
-QUICK = ("HandWorked", "recompilation", "Deprecation")
+QUICK = ("FindingTest", "HandWorked", "recompilation", "Deprecation")
 
 
 def pytest_collection_modifyitems(items):

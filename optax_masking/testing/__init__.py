@@ -2,7 +2,6 @@
 
 from optax_masking.testing._api import (
   assert_mask_safe as assert_mask_safe,
-  check_case as check_case,
   check_mask_safe as check_mask_safe,
 )
 from optax_masking.testing._case import MaskCase as MaskCase

@@ -44,36 +44,16 @@ def _float64_for(dtype: Any) -> Iterator[None]:
 
 
 def check_mask_safe(
-  loss_fn: Callable[..., Any],
-  *args: Any,
-  where: Any,
-  where_name: str = "where",
-  axes: Mapping[str, Axes | None] | None = None,
-  reference: Callable[..., Any] | None = None,
-  skip: Sequence[str] = (),
-  dtypes: Sequence[Any] | None = None,
-  derivatives: Sequence[str] = DERIVATIVES,
-  transforms: Sequence[str] = TRANSFORMS,
-  masks: Sequence[str] = MASKS,
-  samples: int = 16,
-  **kwargs: Any,
+  loss_fn: Callable[..., Any], *args: Any, where: Any, **options: Any
 ) -> Report:
   """Checks a loss as `assert_mask_safe` does, and returns what it found.
 
   Args:
-    loss_fn: As in `assert_mask_safe`, with all that follows.
-    *args: The same.
-    where: The same.
-    where_name: The same.
-    axes: The same.
-    reference: The same.
-    skip: The same.
-    dtypes: The same.
-    derivatives: The same.
-    transforms: The same.
-    masks: The same.
-    samples: The same.
-    **kwargs: The same.
+    loss_fn: As in `assert_mask_safe`.
+    *args: As in `assert_mask_safe`.
+    where: As in `assert_mask_safe`.
+    **options: What else `assert_mask_safe` takes: its options, and keywords of
+      the loss.
 
   Returns:
     A `Report`. Its `ok` tells whether the loss keeps the contract, its
@@ -97,31 +77,23 @@ def check_mask_safe(
     >>> report.clauses["compaction"], report.clauses["zero_gradient"]
     ('kept', 'broken')
   """
-  options = Options(
-    where_name=where_name,
-    axes=dict(axes or {}),
-    reference=reference,
-    skip=skip,
-    dtypes=dtypes,
-    derivatives=derivatives,
-    transforms=transforms,
-    masks=masks,
-    samples=samples,
-  )
+  names = {field.name for field in dataclasses.fields(Options)}
+  chosen = Options(**{k: v for k, v in options.items() if k in names})
+  keywords = {k: v for k, v in options.items() if k not in names}
   start = time.perf_counter()
-  findings = Findings(skip)
+  findings = Findings(chosen.skip)
   with (
     jax.debug_nans(False),
     jax.debug_infs(False),
     jax.disable_jit(False),
     np.errstate(all="ignore"),
   ):
-    for dtype in options.dtypes or (None,):
+    for dtype in chosen.dtypes or (None,):
       with _float64_for(dtype):
-        problem = Problem(loss_fn, args, kwargs, where, options, dtype)
+        problem = Problem(loss_fn, args, keywords, where, chosen, dtype)
         Checker(problem, findings).run()
   data = [f"{a.name} {_described(a.value)}" for a in problem.arguments]
-  data.append(f"{where_name} {_described(problem.where)}")
+  data.append(f"{chosen.where_name} {_described(problem.where)}")
   return findings.report(
     name_of(loss_fn), time.perf_counter() - start, ", ".join(data)
   )

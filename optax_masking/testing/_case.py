@@ -75,7 +75,7 @@ class Options:
   """What to check of a loss. The fields are those of `assert_mask_safe`."""
 
   where_name: str = "where"
-  axes: Mapping[str, Axes | None] = dataclasses.field(default_factory=dict)
+  axes: Mapping[str, Axes | None] | None = None
   reference: Callable[..., Any] | None = None
   skip: Sequence[str] = ()
   dtypes: Sequence[Any] | None = None
@@ -83,6 +83,10 @@ class Options:
   transforms: Sequence[str] = TRANSFORMS
   masks: Sequence[str] = MASKS
   samples: int = 16
+
+  @property
+  def named_axes(self) -> Mapping[str, Axes | None]:
+    return self.axes or {}
 
   def __post_init__(self):
     for field, known in (
@@ -212,7 +216,7 @@ class Problem:
         f"{name_of(loss_fn)} was given no array of floating numbers, and so"
         f" has no gradient to check: {kinds}."
       )
-    unknown = options.axes.keys() - arrays.keys() - {"where", "return"}
+    unknown = options.named_axes.keys() - arrays.keys() - {"where", "return"}
     if unknown:
       raise ValueError(
         f"`axes` names {sorted(unknown)}, but the arrays are"
@@ -225,7 +229,7 @@ class Problem:
         f" computed many times: pass {MOST:,} at most. Some rows and some"
         " columns of them show the same faults."
       )
-    free = {n: x for n, x in arrays.items() if n not in options.axes}
+    free = {n: x for n, x in arrays.items() if n not in options.named_axes}
     rank = max(x.ndim for x in (free or arrays).values())
     largest = [x.shape for x in (free or arrays).values() if x.ndim == rank]
     try:
@@ -244,9 +248,9 @@ class Problem:
     self.where_axes = self._axes_of_where()
 
   def _argument(self, name: str, x: np.ndarray, options: Options) -> Argument:
-    if name not in options.axes:
+    if name not in options.named_axes:
       return Argument(name, x, *_find_axes(x.shape, self.shape, self.reduced))
-    axes = options.axes[name]
+    axes = options.named_axes[name]
     if axes is None:
       return Argument(name, x, (None,) * x.ndim, False)
     rank = len(self.shape)
@@ -265,7 +269,7 @@ class Problem:
 
   def _axes_of_where(self) -> tuple[int, ...]:
     rank, shape = len(self.shape), self.where.shape
-    given = self.options.axes.get("where")
+    given = self.options.named_axes.get("where")
     if given is not None:
       axes = tuple(_axis("where", a, rank) for a in given if a is not None)
       candidates = [axes] if len(axes) == len(given) == len(shape) else []
@@ -358,8 +362,8 @@ class Problem:
 
   def axes_of_result(self, shape: tuple[int, ...]) -> Axes | None:
     """Which axes of the data a result has; None if that can't be told."""
-    if "return" in self.options.axes:
-      axes = self.options.axes["return"]
+    if "return" in self.options.named_axes:
+      axes = self.options.named_axes["return"]
       return axes if axes is None or len(axes) == len(shape) else None
     if shape == self.shape:
       return tuple(range(len(shape)))
