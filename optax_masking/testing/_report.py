@@ -13,7 +13,7 @@ CLAUSES: Mapping[str, str] = {
   "empty": "A slice with nothing included is 0.",
   "masked_label": "An example whose own class is masked is 0.",
   "identity": "A mask that masks nothing changes no number.",
-  "honesty": "NaN and infinity in an included element come out.",
+  "honesty": "NaN and infinity in an included element are not cleaned.",
   "clean_arithmetic": "No NaN or infinity is computed because of a mask.",
   "transforms": "The same results under jit and vmap, of the same dtype.",
 }
