@@ -202,7 +202,7 @@ class TextTest(parameterized.TestCase):
       written,
     )
     self.assertIn("optax_masking: 4 of 4 losses clean, 0 findings", written)
-    self.assertIn("not tried: takes no `where` (18), no labels (2)", written)
+    self.assertIn("not tried: takes no `where` (18); no labels (2)", written)
     self.assertNotIn("new", formats.text(AUDIT))
 
   def test_findings(self):
