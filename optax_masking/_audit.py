@@ -20,6 +20,7 @@ import optax
 import optax_masking
 from optax_masking.testing import CLAUSES, Finding, MaskCase, Report
 from optax_masking.testing._api import check_case
+from optax_masking.testing._report import in_order
 
 TARGETS = {"optax": optax.losses, "optax_masking": optax_masking.losses}
 
@@ -457,10 +458,9 @@ def merged(name: str, reports: list[Report], seconds: float) -> Report:
     if told:
       best = (state for state in ("broken", "kept") if state in told)
       clauses[clause] = next(best, told[0])
-  order = list(CLAUSES)
   return Report(
     name,
-    tuple(sorted(findings.values(), key=lambda f: order.index(f.clause))),
+    in_order(findings.values()),
     clauses,
     sum(report.cases for report in reports),
     seconds,

@@ -32,7 +32,7 @@ from optax_masking.testing._program import (
   program,
   quantities,
 )
-from optax_masking.testing._report import CLAUSES, Finding, Report
+from optax_masking.testing._report import CLAUSES, Finding, Report, in_order
 
 # By how many roundings two programs of the same numbers may differ. Those of
 # half precision are large, and most of a program is computed without them.
@@ -81,8 +81,7 @@ class Findings:
     return True
 
   def report(self, name: str, seconds: float, data: str) -> Report:
-    order = list(CLAUSES)
-    findings = sorted(self.found.values(), key=lambda f: order.index(f.clause))
+    findings = in_order(self.found.values())
     broken = {finding.clause for finding in findings}
     clauses = {}
     for clause in CLAUSES:
@@ -94,7 +93,7 @@ class Findings:
         clauses[clause] = "kept"
       else:
         clauses[clause] = self.reasons.get(clause, _NOTHING[clause])
-    return Report(name, tuple(findings), clauses, self.cases, seconds, data)
+    return Report(name, findings, clauses, self.cases, seconds, data)
 
 
 def _number(x: Any) -> str:
@@ -131,6 +130,7 @@ class Checker:
       for x in (problem.values[f] for f in problem.floats)
     ]
     self.classes = max(problem.shape, default=1)
+    self.everything = np.ones(problem.where.shape, bool)
     half = self.epsilon > float(jnp.finfo("float32").eps)
     self._roundings = _ROUNDINGS_OF_HALF if half else _ROUNDINGS
     self._known_roles: dict[int, str | None] = {}
@@ -167,7 +167,6 @@ class Checker:
     self._evaluate = jax.jit(plain) if self.compiled else plain
     self.masks = masks(problem)
     # How numbers that two programs compute may differ: by roundings of these.
-    self.everything = np.ones(problem.where.shape, bool)
     self.usual = self.evaluate(self.values, self.everything)
     self.clean = {
       name: self.evaluate(self.values, where)
@@ -250,8 +249,7 @@ class Checker:
         broken = masked & ((a.value < kept.min()) | (a.value > kept.max()))
       problem.replace(i, broken)
     try:
-      everything = np.ones(problem.where.shape, bool)
-      value = problem.call(problem.values, where=everything)
+      value = problem.call(problem.values, where=self.everything)
       if not np.isfinite(np.asarray(value)).all():
         for i, a in enumerate(problem.arguments):
           if a.floating:
@@ -456,7 +454,6 @@ class Checker:
             "in the direction of the masked elements of"
             f" `{problem.arguments[argument].name}` alone",
             argument=argument,
-            values=self.values,
           )
 
   def _check_zero(
@@ -469,7 +466,6 @@ class Checker:
     where: np.ndarray,
     why: str,
     argument: int | None = None,
-    values: Any = None,
   ) -> None:
     if not region.any():
       return
@@ -487,7 +483,7 @@ class Checker:
         ),
         "element": index if argument == quantity.wrt is not None else None,
         **self.facts(name, where, got[index], 0),
-        **self.blame(quantity, got[index], values or self.values, where),
+        **self.blame(quantity, got[index], self.values, where),
       }
 
     self.add(clause, quantity, describe, argument)

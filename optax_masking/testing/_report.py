@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 CLAUSES: Mapping[str, str] = {
@@ -98,6 +98,12 @@ class Finding:
       text += f" with respect to `{self.wrt}`"
     tried = ", ".join(filter(None, (self.transform, self.dtype)))
     return f"{text} is {self.got} ({tried}, {_cases(self.cases)})"
+
+
+def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+  """Findings in the order of their clauses."""
+  order = list(CLAUSES)
+  return tuple(sorted(findings, key=lambda f: order.index(f.clause)))
 
 
 def _cases(number: int) -> str:
