@@ -396,6 +396,17 @@ class ArgumentsTest(parameterized.TestCase):
       [],
     )
 
+  def test_a_loss_that_cannot_be_traced(self):
+    def cleaned(predictions, where):
+      if bool(where.any()):  # None has no such method.
+        return jnp.where(where, jnp.nan_to_num(predictions), 0) ** 2
+      return jnp.zeros_like(predictions)
+
+    self.assertEqual(
+      self.clauses(cleaned, PREDICTIONS, transforms=("eager",), samples=2),
+      ["honesty"],
+    )
+
   def test_a_comparison_that_nan_fails_hides_nothing(self):
     def hinge(scores, where):
       margins = 1 - jnp.where(where, scores, 1)

@@ -1072,7 +1072,7 @@ class Checker:
       holds = f"`{named}` holds {poison}{_at(element)}, which is included"
       if np.isnan(poison) and self.options.reference is None:
         # A comparison that is False for NaN is no attempt to hide it.
-        wrong = not np.isnan(got).any() and _looks_for_nan(self._jaxpr.jaxpr)
+        wrong = not np.isnan(got).any() and self._may_clean
         message = f"When {holds}, no entry of the loss is NaN."
         expected = "nan"
       elif name == "all included" and self.unmasked is not None:
@@ -1104,6 +1104,14 @@ class Checker:
           }
 
         self.add("honesty", quantity, describe, argument)
+
+  @functools.cached_property
+  def _may_clean(self) -> bool:
+    """Whether the program looks for NaN, or can't be looked into."""
+    try:
+      return _looks_for_nan(self._jaxpr.jaxpr)
+    except Exception:  # Of a loss that can't be traced.
+      return True
 
   @functools.cached_property
   def _jaxpr(self) -> Any:
@@ -1424,7 +1432,9 @@ def _written_size(
     jaxpr = jax.make_jaxpr(call)(list(map(like, compact.values)), **keywords)
     return gone & _sizes(jaxpr.jaxpr)
 
-  sizes = written({})
+  sizes: set[int] = set()
+  with contextlib.suppress(Exception):  # Of a loss that can't be traced.
+    sizes = written({})
   if sizes:
     # One that comes of another axis, as its length less 1, goes with it.
     with contextlib.suppress(Exception):  # If it is made for that, it stays.
