@@ -1,0 +1,1 @@
+"""What a mask costs: `python -m benchmarks`, from the root."""

@@ -1,0 +1,109 @@
+"""What the compiler says that a program costs, the same in every run."""
+
+import collections
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Loss = Callable[..., jax.Array]
+
+# The shape of an instruction has no space, unless it is a tuple.
+_INSTRUCTION = re.compile(
+  r"^\s*(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([\w-]+)\(", re.MULTILINE
+)
+# An asynchronous one has a start and an end, of which one counts.
+_COLLECTIVE = re.compile(
+  r"(?:all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter"
+  r"|collective-permute|collective-broadcast)(?:-start)?"
+)
+
+
+def counters(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
+  """Compiles a function and returns `counters_of` the program.
+
+  Args:
+    function: What to compile. What it closes over becomes a constant.
+    *arguments: Arrays, `jax.ShapeDtypeStruct` or pytrees of them.
+  """
+  return counters_of(jax.jit(function).lower(*arguments).compile())
+
+
+def counters_of(program: jax.stages.Compiled) -> dict[str, float]:
+  """Returns the counters of a compiled program.
+
+  Args:
+    program: The program.
+
+  Returns:
+    `bytes` and `flops`, as the compiler estimates them, and `temporaries`, the
+    bytes that it allocates besides arguments and results, with the number of
+    `transpose`, `scatter`, `gather` and `collective` operations, those inside
+    of fusions included.
+  """
+  cost = program.cost_analysis() or {}
+  ops = operations(program.as_text() or "")
+  collectives = (n for op, n in ops.items() if _COLLECTIVE.fullmatch(op))
+  return {
+    "bytes": cost.get("bytes accessed", 0.0),
+    "flops": cost.get("flops", 0.0),
+    "temporaries": program.memory_analysis().temp_size_in_bytes,
+    **{op: ops[op] for op in ("transpose", "scatter", "gather")},
+    "collective": sum(collectives),
+  }
+
+
+def operations(text: str) -> collections.Counter[str]:
+  """Counts the operations in the text of a compiled program, by their name."""
+  return collections.Counter(_INSTRUCTION.findall(text))
+
+
+def kept(loss: Loss, *arguments: Any) -> int:
+  """Returns the bytes that a loss keeps for its backward pass.
+
+  Args:
+    loss: A function of arrays.
+    *arguments: What to call it with. It is differentiated with respect to the
+      first.
+  """
+
+  def pullback(first, *rest):
+    return jax.vjp(lambda x: loss(x, *rest), first)[1]
+
+  leaves = jax.tree.leaves(jax.eval_shape(pullback, *arguments))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def scanned_temporaries(
+  loss: Loss, arguments: Sequence[Any], steps: int = 16
+) -> int:
+  """Returns the temporaries of a gradient through a loop over the examples.
+
+  A loop shows what a loss keeps: the compiler can't fuse its forward pass with
+  its backward pass.
+
+  Args:
+    loss: A function of arrays, whose result is summed.
+    arguments: What to call it with, split along their first axes. The gradient
+      is the one with respect to the first.
+    steps: How many steps, or a divisor of it if it does not divide the axes.
+  """
+  sizes = {x.shape[0] for x in jax.tree.leaves(arguments)}
+  steps = math.gcd(steps, *sizes)
+
+  def split(x):
+    shape = (steps, x.shape[0] // steps, *x.shape[1:])
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+  def step(total, xs):
+    return total + jnp.sum(loss(*xs), dtype=jnp.float32), None
+
+  def scanned(*xs):
+    return jax.lax.scan(step, jnp.float32(0), xs)[0]
+
+  xs = jax.tree.map(split, tuple(arguments))
+  program = jax.jit(jax.grad(scanned)).lower(*xs).compile()
+  return program.memory_analysis().temp_size_in_bytes

@@ -1,0 +1,57 @@
+"""What the clock says, which varies from run to run."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+  """Times one call, to the end of what it computes."""
+  start = time.perf_counter()
+  jax.block_until_ready(function(*arguments))
+  return time.perf_counter() - start
+
+
+def interleaved(
+  calls: Sequence[Call], rounds: int = 30, budget: float = 6.0
+) -> list[tuple[float, float]]:
+  """Times calls that take turns, so that a slow moment slows all of them.
+
+  Args:
+    calls: Functions and their arguments.
+    rounds: How often each is called, after a call that is not timed.
+    budget: Seconds after which no round is started, once there were five.
+
+  Returns:
+    For each call the median of its seconds and the median, over the rounds, of
+    its ratio to the first call.
+  """
+  for function, arguments in calls:
+    seconds(function, *arguments)
+  times: list[list[float]] = []
+  start = time.perf_counter()
+  while len(times) < rounds and (
+    len(times) < 5 or time.perf_counter() - start < budget
+  ):
+    times.append([seconds(f, *arguments) for f, arguments in calls])
+  return [
+    (
+      statistics.median(column),
+      statistics.median(t / r[0] for t, r in zip(column, times, strict=True)),
+    )
+    for column in zip(*times, strict=True)
+  ]
+
+
+def copy_speed(size: int = 2**28) -> float:
+  """Returns the bytes a second, read and written, of a copy on the device."""
+  x = jnp.zeros(size, jnp.float32)
+  copy = jax.jit(lambda x: x + 1).lower(x).compile()
+  ((median, _),) = interleaved([(copy, (x,))])
+  return 2 * x.nbytes / median
