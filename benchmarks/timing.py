@@ -1,5 +1,6 @@
 """What the clock says, which varies from run to run."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ def interleaved(
 ) -> list[tuple[float, float]]:
   """Times calls that take turns, so that a slow moment slows all of them.
 
+  The order is another one in each round, since a call is slower after one that
+  has filled the caches.
+
   Args:
     calls: Functions and their arguments.
     rounds: How often each is called, after a call that is not timed.
@@ -35,11 +39,17 @@ def interleaved(
   for function, arguments in calls:
     seconds(function, *arguments)
   times: list[list[float]] = []
+  order = list(range(len(calls)))
+  shuffle = random.Random(0).shuffle
   start = time.perf_counter()
   while len(times) < rounds and (
     len(times) < 5 or time.perf_counter() - start < budget
   ):
-    times.append([seconds(f, *arguments) for f, arguments in calls])
+    times.append([0.0] * len(calls))
+    shuffle(order)
+    for i in order:
+      function, arguments = calls[i]
+      times[-1][i] = seconds(function, *arguments)
   return [
     (
       statistics.median(column),
