@@ -33,7 +33,12 @@ def optax_where(case: Case) -> Masked:
 def times_mask(case: Case) -> Masked:
   """The loss, times the mask."""
   loss = case.of(optax)
-  return lambda *arguments: _times(loss(*arguments[:-1]), arguments[-1], case)
+
+  def masked(*arguments):
+    losses = loss(*arguments[:-1])
+    return losses * _of_losses(arguments[-1], losses, case)
+
+  return masked
 
 
 def sanitise(case: Case) -> Masked:
@@ -54,8 +59,8 @@ def sanitise(case: Case) -> Masked:
     ]
     losses = loss(*cleaned)
     if losses.ndim < where.ndim:
-      where = jnp.any(where, case.axis)
-    return jnp.where(_fitting(where, losses), losses, 0)
+      where = jnp.any(where, case.axis, keepdims=True)
+    return jnp.where(_of_losses(where, losses, case), losses, 0)
 
   return masked
 
@@ -96,7 +101,8 @@ def easylm(case: Case) -> Masked:
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), case.axis)
     index = jnp.expand_dims(labels, case.axis)
     picked = jnp.take_along_axis(log_probs, index, case.axis)
-    return -jnp.where(_of_examples(where, case), picked.squeeze(case.axis), 0)
+    picked = jnp.squeeze(picked, case.axis)
+    return -jnp.where(_of_losses(where, picked, case), picked, 0)
 
   return masked
 
@@ -114,7 +120,7 @@ def haliax(case: Case) -> Masked:
     rest = axes.copy()
     rest.pop(case.axis)
     losses = jnp.einsum(targets, axes, normalizers - logits, axes, rest)
-    return jnp.where(_of_examples(where, case), losses, 0)
+    return jnp.where(_of_losses(where, losses, case), losses, 0)
 
   return masked
 
@@ -177,7 +183,8 @@ def _saved_softmax(case, keeps_log_probs):
 
   def masked(logits, labels, where):
     targets = _one_hot(logits, labels, axis, jnp.float32)
-    return _times(cross_entropy(logits, targets), where, case)
+    losses = cross_entropy(logits, targets)
+    return losses * _of_losses(where, losses, case)
 
   return masked
 
@@ -186,22 +193,12 @@ def _one_hot(logits, labels, axis, dtype):
   return jax.nn.one_hot(labels, logits.shape[axis], axis=axis, dtype=dtype)
 
 
-def _of_examples(where, case):
-  """The mask with an entry an example, of one that has size 1 for classes."""
-  if where.shape[case.axis] != 1:
-    raise ValueError("a loss of examples can't be masked by classes")
-  return jnp.squeeze(where, case.axis)
-
-
-def _times(losses, where, case):
+def _of_losses(where, losses, case):
+  """The mask without the axis that the losses lack, if it has size 1 there."""
   if losses.ndim < where.ndim:
-    where = _of_examples(where, case)
-  return losses * _fitting(where, losses)
-
-
-def _fitting(where, losses):
-  if jnp.broadcast_shapes(where.shape, losses.shape) != losses.shape:
-    raise ValueError(
-      f"losses of shape {losses.shape} can't be masked in shape {where.shape}"
-    )
+    if where.shape[case.axis] != 1:
+      raise ValueError("a loss of examples can't be masked by classes")
+    where = jnp.squeeze(where, case.axis)
+  if where.ndim != losses.ndim:
+    raise ValueError("there is no loss for each entry of the mask")
   return where
