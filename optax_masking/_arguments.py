@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ Where = jax.typing.ArrayLike | Sequence[Any] | None
 
 
 def arrays_to_fill(
-  call: inspect.BoundArguments, fills: Mapping[str, Fill]
+  call: inspect.BoundArguments, fills: Mapping[str, Fill | None]
 ) -> dict[str, Any]:
   """The arguments to fill: a Python scalar too, unless one is the default."""
   arrays: dict[str, Any] = {}
@@ -44,10 +44,82 @@ def arrays_to_fill(
   return arrays
 
 
+def constants_and_inputs(
+  arguments: Mapping[str, Any],
+  to_fill: Collection[str],
+  signature: inspect.Signature,
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+  """Divides arguments into constants of a compiled program and its inputs.
+
+  None, if one should be neither: a function, unless it is the default, may be
+  another one at each call, and so may an index, and each would be compiled. A
+  number in the place of the data is for the loss to refuse.
+  """
+  constants: list[tuple[str, Any, Any]] = []
+  inputs: dict[str, Any] = {}
+  for name, x in arguments.items():
+    is_array = isinstance(x, Array | np.generic)
+    if name in to_fill:
+      is_input = is_array or (isinstance(x, float) and bool(inputs))
+    else:
+      is_input = name != "axis" and (
+        isinstance(x, float) or (is_array and not _may_be_index(x))
+      )
+    if is_input:
+      inputs[name] = x
+    elif (
+      name not in to_fill
+      and not is_array
+      and (
+        x is None
+        or isinstance(x, int | str | tuple)
+        or x is signature.parameters[name].default
+      )
+      and _is_hashable(x)
+    ):
+      # Which is a key, in which 1 is equal to True.
+      types = tuple(map(type, x)) if isinstance(x, tuple) else type(x)
+      constants.append((name, x, types))
+    else:
+      return None
+  return tuple(constants), inputs
+
+
+def _may_be_index(x: Any) -> bool:
+  return np.ndim(x) == 0 and not jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _is_hashable(x: Any) -> bool:
+  try:
+    hash(x)
+  except TypeError:
+    return False
+  return True
+
+
 def check_accepted(call: Callable[[], Any]) -> None:
   """What a loss refuses without a mask it refuses with one, in its words."""
   with contextlib.suppress(jax.errors.ConcretizationTypeError):
     jax.eval_shape(call)
+
+
+def dtype_without_sharding(
+  call: Callable[..., jax.Array], arrays: Mapping[str, Any]
+) -> Any:
+  """The dtype of a loss without a mask, or its refusal.
+
+  Optax gathers from the logits, which is refused if their classes are sharded
+  over an explicit mesh. That is no matter of the arguments.
+  """
+  structs = {
+    name: jax.ShapeDtypeStruct(
+      jnp.shape(x), jnp.result_type(x), weak_type=getattr(x, "weak_type", False)
+    )
+    for name, x in arrays.items()
+    if hasattr(x, "shape")
+  }
+  result = jax.eval_shape(lambda x: call(**x, where=None), structs)
+  return result.dtype
 
 
 def canonicalize_axes(axis: Axis, shape: Shape) -> Axes:
@@ -70,6 +142,20 @@ def canonicalize_axes(axis: Axis, shape: Shape) -> Axes:
   return tuple(axes)
 
 
+def boolean(where: Where) -> jax.Array:
+  """Checks the dtype of a mask."""
+  fix = "`mask != 0`"
+  if isinstance(where, Sequence):  # Not equal to 0, whatever is in it.
+    fix = "`jnp.asarray(mask) != 0`"
+  if not isinstance(where, jax.Array):  # A conversion costs microseconds.
+    where = jnp.asarray(where)
+  if where.dtype != bool:
+    raise TypeError(
+      f"`where` must be boolean, but has dtype {where.dtype}. Pass {fix}."
+    )
+  return where
+
+
 def canonicalize_where(
   where: Where,
   shape: Shape,
@@ -77,14 +163,7 @@ def canonicalize_where(
   refuse_ambiguous: bool,
 ) -> jax.Array:
   """Checks a mask against the shape of the data and gives it the same rank."""
-  fix = "`mask != 0`"
-  if isinstance(where, Sequence):  # Not equal to 0, whatever is in it.
-    fix = "`jnp.asarray(mask) != 0`"
-  where = jnp.asarray(where)
-  if where.dtype != bool:
-    raise TypeError(
-      f"`where` must be boolean, but has dtype {where.dtype}. Pass {fix}."
-    )
+  where = boolean(where)
   rank = len(shape)
   if where.ndim == 0:
     return jnp.reshape(where, (1,) * rank)
@@ -168,7 +247,7 @@ def shape_of_examples(name: str, x: Any, shape: Shape, axes: Axes) -> Shape:
 
 
 def fill_masked(
-  name: str, x: Any, where: jax.Array, fill: Fill, axes: Axes
+  name: str, x: Any, where: jax.Array, fill: Fill | None, axes: Axes
 ) -> jax.Array:
   """Replaces the masked elements of an argument.
 
@@ -177,6 +256,8 @@ def fill_masked(
   """
   if isinstance(fill, PerExample):
     return fill(x, where, axes)
+  if fill is None:
+    return jnp.asarray(x)
   if not callable(fill):
     return select(where, x, fill)
   dtype = jnp.result_type(x)

@@ -26,21 +26,29 @@ reduced axes, the fill is a function of the included elements: `below_maximum`
 for a softmax, `zero_unless_empty` for a norm.
 
 On the way out, a slice with nothing included is replaced by 0 (clause 4).
+
+A loss may have a `formula` that takes its place under a mask, such as those of
+`_cross_entropy`. It need not fill what it selects elsewhere, but owes the same.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ParamSpec, TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from optax_masking._arguments import (
   arrays_to_fill,
+  boolean,
   canonicalize_axes,
   canonicalize_where,
   check_accepted,
   check_axis_of,
+  constants_and_inputs,
+  dtype_without_sharding,
   fill_masked,
   shape_of_examples,
 )
@@ -59,7 +67,9 @@ def masked_inputs(
   *,
   refuse_ambiguous_where: bool = False,
   reduces_batch: bool = False,
-  **fills: Fill,
+  formula: Callable[..., jax.Array] | None = None,
+  compiled: bool = False,
+  **fills: Fill | None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
   """Gives a loss NumPy's ``axis`` and ``where``, safe in every derivative.
 
@@ -87,6 +97,19 @@ def masked_inputs(
     reduces_batch: Whether the loss reduces more than ``axis``, such as by a
       mean over the examples. The decorator then leaves its result alone, and
       the loss has to use ``where`` for what it counts.
+    formula: A function that takes the place of the loss under a mask, for a
+      program that is cheaper than the loss of filled arguments. It is called
+      with all arguments by name: those with a fill filled, ``axes`` (none
+      negative) for ``axis``, and ``where`` with the rank of ``S``, to which it
+      broadcasts: a mask of examples has size 1 along ``axes``. It returns the
+      masked loss, in any floating dtype: with the shape ``S`` if the loss is
+      elementwise, or without ``axes``. What is not filled it masks by itself.
+    compiled: Whether to compile the masked loss, for calls outside of ``jit``.
+      It may then depend on nothing but its arguments, as anything that ``jit``
+      takes. Arrays and floats are inputs of the program; None, integers,
+      strings and tuples are constants, with a program for each. A call with
+      anything else, such as a function that is not the default, is not
+      compiled.
     **fills: For each argument of the loss that is an array, by name, what
       stands in for its masked elements: something that keeps the loss and its
       derivatives finite and, in a loss that reduces ``axis``, adds nothing to
@@ -108,8 +131,9 @@ def masked_inputs(
         ``axes`` where ``x`` has, and ``x`` broadcasts with it. An ``x`` that
         broadcasts along ``axis`` is masked where all that it meets is.
 
-      None is passed on as it is and, for a parameter whose default is a number,
-      a Python scalar.
+      An argument of None is passed on as it is and, for a parameter whose
+      default is a number, a Python scalar. With a ``formula`` a fill may be
+      None, or ``PerExample(None)``, for an argument that it masks by itself.
 
   Returns:
     A decorator. A loss without ``axis`` or ``where`` in its signature gets them
@@ -159,21 +183,56 @@ def masked_inputs(
   """
 
   def decorate(loss: Callable[P, R]) -> Callable[P, R]:
-    check_fills(loss, fills)
+    check_fills(loss, fills, formula)
     inner: Callable[..., Any] = accepting_axis_and_where(loss)
     signature = inspect.signature(inner)
     axis_of = reader("axis", signature)
     where_of = reader("where", signature)
     elementwise = signature.parameters["axis"].default == ()
 
+    def masked(arguments, to_fill, where):
+      return _masked_call(
+        inner,
+        signature,
+        arguments,
+        to_fill,
+        where,
+        fills,
+        formula,
+        refuse_ambiguous_where,
+        reduces_batch,
+      )
+
+    @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
+    def masked_and_compiled(constants, inputs, to_fill, where):
+      given = {name: x for name, x, _ in constants}
+      return masked({**given, **inputs}, to_fill, where)
+
     @functools.wraps(loss)
     def masked_loss(*args, **kwargs):
       if where_of(args, kwargs) is not None:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        return _masked_call(
-          inner, call, fills, refuse_ambiguous_where, reduces_batch
-        )
+        try:
+          arrays = arrays_to_fill(call, fills)
+          arguments = {**call.arguments, **arrays}
+          where = boolean(arguments.pop("where"))
+          if compiled:
+            divided = constants_and_inputs(arguments, arrays, signature)
+            if divided is not None:
+              # What it refuses is refused once more, without JAX's frames.
+              with contextlib.suppress(TypeError, ValueError, AssertionError):
+                return masked_and_compiled(*divided, tuple(arrays), where)
+          return masked(arguments, arrays, where)
+        except Exception:
+          call.arguments["where"] = None
+          if elementwise:
+            call.arguments["axis"] = ()
+          try:
+            check_accepted(lambda: inner(*call.args, **call.kwargs))
+          except Exception as refusal:
+            raise refusal from None
+          raise
       if not elementwise:
         return inner(*args, **kwargs)
       axis = axis_of(args, kwargs)
@@ -192,52 +251,59 @@ def masked_inputs(
 
 def _masked_call(
   loss: Callable[..., Any],
-  call: inspect.BoundArguments,
-  fills: Mapping[str, Fill],
+  signature: inspect.Signature,
+  arguments: Mapping[str, Any],
+  to_fill: Collection[str],
+  where: jax.Array,
+  fills: Mapping[str, Fill | None],
+  formula: Callable[..., jax.Array] | None,
   refuse_ambiguous_where: bool,
   reduces_batch: bool,
 ) -> Any:
   """Calls a loss on filled arguments and zeroes what is masked."""
-  given = dict(call.arguments)
-  axis = given["axis"]
-  elementwise = call.signature.parameters["axis"].default == ()
+  axis = arguments["axis"]
+  elementwise = signature.parameters["axis"].default == ()
   if elementwise:
-    given["axis"] = ()  # The sum is taken here.
+    arguments = {**arguments, "axis": ()}  # The sum is taken here.
+  arrays = {name: arguments[name] for name in to_fill}
 
   def evaluate(**changes):
-    call.arguments.update(given | changes)
+    call = inspect.BoundArguments(signature, {**arguments, **changes})
     return loss(*call.args, **call.kwargs)
 
   def without_mask():
     return evaluate(where=None)
 
-  try:
-    arrays = arrays_to_fill(call, fills)
-    data = {
-      n: x for n, x in arrays.items() if not isinstance(fills[n], PerExample)
-    }
-    shape = jnp.broadcast_shapes(*map(jnp.shape, data.values()))
-    axes = canonicalize_axes(axis, shape)
-    for name, x in data.items():
-      if callable(fills[name]):
-        check_axis_of(name, jnp.shape(x), shape, axis)
-    per_example = {n: x for n, x in arrays.items() if n not in data}
-    shape = jnp.broadcast_shapes(
-      shape,
-      *(shape_of_examples(n, x, shape, axes) for n, x in per_example.items()),
-    )
-    where = canonicalize_where(
-      given["where"], shape, axes, refuse_ambiguous_where
-    )
-    for name, x in per_example.items():
-      fill = fills[name]
-      if isinstance(fill, PerExample) and fill.keeps is not None:
-        where = where & fill.keeps(x, where, shape, axes)
-    filled = {
-      name: fill_masked(name, x, where, fills[name], axes)
-      for name, x in arrays.items()
-    }
-    examples = tuple(s for a, s in enumerate(shape) if a not in axes)
+  data = {
+    n: x for n, x in arrays.items() if not isinstance(fills[n], PerExample)
+  }
+  shape = jnp.broadcast_shapes(*map(jnp.shape, data.values()))
+  axes = canonicalize_axes(axis, shape)
+  for name, x in data.items():
+    if callable(fills[name]) or fills[name] is None:
+      check_axis_of(name, jnp.shape(x), shape, axis)
+  per_example = {n: x for n, x in arrays.items() if n not in data}
+  shape = jnp.broadcast_shapes(
+    shape,
+    *(shape_of_examples(n, x, shape, axes) for n, x in per_example.items()),
+  )
+  where = canonicalize_where(where, shape, axes, refuse_ambiguous_where)
+  for name, x in per_example.items():
+    fill = fills[name]
+    if isinstance(fill, PerExample) and fill.keeps is not None:
+      where = where & fill.keeps(x, where, shape, axes)
+  filled = {
+    name: fill_masked(name, x, where, fills[name], axes)
+    for name, x in arrays.items()
+  }
+  examples = tuple(s for a, s in enumerate(shape) if a not in axes)
+  if formula is not None and 0 not in shape:  # What is empty needs no care.
+    given = {n: x for n, x in {**arguments, **filled}.items() if n != "axis"}
+    result = formula(**given, where=where, axes=axes)
+    dtype = dtype_without_sharding(evaluate, arrays)
+    if result.dtype != dtype:  # If not, a weak one stays weak.
+      result = result.astype(dtype)
+  else:
     # It may not broadcast what a fill has broadcast.
     if any(
       getattr(x, "shape", None) != (shape if name in data else examples)
@@ -245,17 +311,12 @@ def _masked_call(
     ):
       check_accepted(without_mask)
     result = evaluate(**filled, where=jnp.broadcast_to(where, shape))
-  except Exception:
-    try:
-      check_accepted(without_mask)
-    except Exception as refusal:
-      raise refusal from None
-    raise
 
   if reduces_batch:
     return result
   if jnp.shape(result) == shape:
-    result = select(where, result, 0)
+    if formula is None:
+      result = select(where, result, 0)
     return jnp.sum(result, axes) if elementwise and axes else result
   if elementwise or jnp.shape(result) != examples:
     written = inspect.unwrap(loss)
@@ -266,4 +327,6 @@ def _masked_call(
       " `axis` that it declares; without one it returns a value for each"
       " element. One that reduces more needs `reduces_batch=True`."
     )
+  if formula is not None:
+    return result
   return select(jnp.any(where, axes), result, 0)

@@ -10,7 +10,11 @@ from typing import Any, TypeVar
 R = TypeVar("R")
 
 
-def check_fills(loss: Callable[..., Any], fills: Mapping[str, Any]) -> None:
+def check_fills(
+  loss: Callable[..., Any],
+  fills: Mapping[str, Any],
+  formula: Callable[..., Any] | None,
+) -> None:
   """Refuses fills of what the loss has not, and what can't be a fill."""
   parameters = inspect.signature(loss).parameters
   one_value = [
@@ -25,6 +29,10 @@ def check_fills(loss: Callable[..., Any], fills: Mapping[str, Any]) -> None:
       " Name a fill for each that is an array."
     )
   for name, fill in fills.items():
+    if fill is None or getattr(fill, "fill", 0) is None:
+      if formula is None:
+        raise TypeError(f"`{name}` has no fill, and the loss no `formula`.")
+      continue
     if not (callable(fill) or isinstance(fill, numbers.Real)):
       raise TypeError(f"The fill of `{name}` is no number, but {fill!r}.")
 

@@ -47,23 +47,79 @@ class PerExample:
   """Fills an argument that has one entry an example, and none of ``axis``.
 
   Attributes:
-    fill: What stands in for the entry of a masked example.
+    fill: What stands in for the entry of a masked example; None, if a formula
+      masks the argument by itself.
     keeps: What the argument itself leaves of the mask, if it masks too: a
       function ``keeps(x, where, shape, axes)`` that returns where it does, with
       the rank of ``where``. ``shape`` is that of the data.
   """
 
-  fill: float
+  fill: float | None
   keeps: Callable[[Array, jax.Array, Shape, Axes], jax.Array] | None = None
 
   def __call__(self, x: Array, where: jax.Array, axes: Axes) -> jax.Array:
+    if self.fill is None:
+      return jnp.asarray(x)
     return select(jnp.any(where, axes), x, self.fill)
 
 
-def _expanded(x: Array, shape: Shape, axes: Axes) -> jax.Array:
+def expanded(x: Array, rank: int, axes: Axes) -> jax.Array:
   """Gives what has one entry an example the rank of the data."""
-  missing = len(shape) - len(axes) - jnp.ndim(x)
+  missing = rank - len(axes) - jnp.ndim(x)
   return jnp.expand_dims(jnp.expand_dims(x, range(missing)), axes)
+
+
+def class_number(labels: Array, classes: int) -> jax.Array:
+  """Counts classes from 0; `classes` stands for a label that names none."""
+  labels = jnp.asarray(labels).astype(int)
+  labels = jnp.where(labels < 0, labels + classes, labels)  # -1 is the last.
+  return jnp.where((labels >= 0) & (labels < classes), labels, classes)
+
+
+def at_class(x: jax.Array, labels: jax.Array, axes: Axes) -> jax.Array:
+  """The element of each example's class: NaN, or True, if there is no such.
+
+  The labels are class numbers, with the rank of `x`.
+  """
+  classes = math.prod(x.shape[a] for a in axes)
+
+  def compare(x, labels):
+    named = flat_index(x.shape, axes) == labels
+    if x.dtype == bool:
+      return ~jnp.any(named & ~x, axes, keepdims=True)
+    found = jnp.sum(jnp.where(named, x, 0), axes, keepdims=True)
+    # 0 divided by 0, in place of a constant NaN.
+    return found / (labels < classes).astype(x.dtype)
+
+  def gather(x, labels):
+    if x.dtype == bool:  # A label of no class is no fault of a mask.
+      found = jnp.take_along_axis(x, jnp.minimum(labels, classes - 1), axes[0])
+      return found | (labels == classes)
+    return jnp.take_along_axis(x, labels, axes[0])  # It fills with NaN.
+
+  # An explicit mesh refuses to gather from an axis that it shards.
+  if len(axes) != 1 or _is_sharded(x, axes[0]):
+    return compare(x, labels)
+  # But for CPUs the comparison is part of a loop that is there anyway.
+  return on_cpus(gather, compare, x, labels)
+
+
+def on_cpus(
+  function: Callable[..., jax.Array],
+  otherwise: Callable[..., jax.Array],
+  *arguments: jax.Array,
+) -> jax.Array:
+  """Calls a function where the program runs on CPUs, and else another."""
+  # The `shard_map` of older versions refuses what depends on the platform.
+  if not hasattr(jax, "shard_map"):
+    return otherwise(*arguments)
+  return jax.lax.platform_dependent(*arguments, cpu=function, default=otherwise)
+
+
+def _is_sharded(x: Array, axis: int) -> bool:
+  """Whether an axis is sharded over an explicit mesh."""
+  spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+  return len(spec) > axis and spec[axis] is not None
 
 
 def _own_class(
@@ -75,11 +131,10 @@ def _own_class(
   """
   if all(where.shape[a] == 1 for a in axes):
     return where
-  index = flat_index(shape, axes)
-  labels = _expanded(jnp.asarray(labels, index.dtype), shape, axes)
-  classes = math.prod(shape[a] for a in axes)
-  named = (index == labels) | (index - classes == labels)  # -1 is the last.
-  return ~jnp.any(named & ~where, axes, keepdims=True)
+  labels = class_number(labels, math.prod(shape[a] for a in axes))
+  batch = tuple(1 if a in axes else s for a, s in enumerate(shape))
+  labels = jnp.broadcast_to(expanded(labels, len(shape), axes), batch)
+  return at_class(jnp.broadcast_to(where, shape), labels, axes)
 
 
 # Integer class labels: a masked example gets class 0, and an example whose own
@@ -88,7 +143,7 @@ class_index = PerExample(0, keeps=_own_class)
 
 # Padding indicators: what they mark is masked, too.
 paddings = PerExample(
-  1, keeps=lambda x, where, shape, axes: _expanded(x != 1, shape, axes)
+  1, keeps=lambda x, where, shape, axes: expanded(x != 1, len(shape), axes)
 )
 
 

@@ -180,7 +180,7 @@ class DecoratorTest(parameterized.TestCase):
       ):
         optax.masked_inputs(**fills)(loss)
     with self.assertRaisesWithLiteralMatch(
-      TypeError, "The fill of `predictions` is no number, but None."
+      TypeError, "`predictions` has no fill, and the loss no `formula`."
     ):
       optax.masked_inputs(predictions=None)(loss)
 
@@ -348,6 +348,91 @@ class DecoratorTest(parameterized.TestCase):
       bind.side_effect = RuntimeError("called")
       with self.assertRaisesRegex(RuntimeError, "called"):
         total_error(X, Y, where=WHERE)
+
+
+class FormulaTest(absltest.TestCase):
+  """A formula in the place of the loss, under a mask only."""
+
+  def masked(self, formula, loss=None, **fills):
+    def plain(x, scale=1.0):
+      return x * scale
+
+    return optax.masked_inputs(formula=formula, **(fills or {"x": None}))(
+      loss or plain
+    )
+
+  def test_elementwise(self):
+    def formula(x, scale, *, where, axes):
+      self.assertEqual(where.shape, (2, 1))
+      self.assertEqual(axes, () if axis == () else (1,))
+      return jnp.where(where, x, 0) * scale
+
+    loss = self.masked(formula)
+    x = jnp.array([[1.0, 2.0], [jnp.nan, jnp.nan]])
+    where = np.array([[True], [False]])
+    axis = ()
+    assert_equal(loss(x, 3.0, where=where), [[3, 6], [0, 0]])
+    axis = -1
+    assert_equal(loss(x, 3.0, axis=-1, where=where), [9, 0])
+    assert_equal(loss(jnp.ones(2), 3.0), [3, 3])
+
+  def test_fills(self):
+    """What has a fill comes filled, and in the dtype of the loss."""
+
+    def formula(x, scale, *, where, axes):
+      return x.astype("float32") * scale
+
+    loss = self.masked(formula, x=7.0)
+    got = loss(
+      jnp.array([jnp.nan, 1.0], "bfloat16"), where=np.array([False, True])
+    )
+    assert_equal(got, [7, 1])
+    self.assertEqual(got.dtype, "bfloat16")
+
+  def test_shape(self):
+    loss = self.masked(lambda x, scale, where, axes: jnp.sum(x))
+    with self.assertRaisesRegex(ValueError, r"shape \(\) for data of shape"):
+      loss(jnp.ones((3, 4)), where=True)
+
+  def test_no_fill(self):
+    """None is a fill only where there is a formula to mask."""
+    for fill in (None, optax.fills.PerExample(None)):
+      with self.assertRaisesRegex(TypeError, "`x` has no fill"):
+        self.masked(None, x=fill)
+
+
+class CompiledTest(absltest.TestCase):
+  def test_types(self):
+    """1 and True are equal, and not the same."""
+
+    @optax.masked_inputs(x=0.0, compiled=True)
+    def loss(x, kind):
+      return x * (2 if isinstance(kind, bool) else 3)
+
+    x = jnp.ones(2)
+    assert_equal(loss(x, True, where=True), [2, 2])
+    assert_equal(loss(x, 1, where=True), [3, 3])
+
+  def test_not_compiled(self):
+    """Values that a program can't depend on are used as they are."""
+
+    @optax.masked_inputs(x=0.0, compiled=True)
+    def loss(x, scale, options=(), *, axis=()):
+      return x * (2 if scale > 0 else 3)
+
+    x = jnp.ones((2, 2))
+    for scale in (1.0, np.int32(1), jnp.array(1)):
+      assert_equal(loss(x, scale, where=True), 2 * x)
+      assert_equal(loss(x, -scale, where=True), 3 * x)
+    assert_equal(loss(x, 1, [], where=True), 2 * x)
+    for axis in (1, np.int64(1), jnp.array(1), (np.array(1),), [1]):
+      assert_equal(loss(x, 1, axis=axis, where=True), [4, 4])
+
+  def test_errors(self):
+    """They are those of a call that is not compiled, without JAX's notes."""
+    with self.assertRaises(ValueError) as caught:
+      optax.squared_error(jnp.ones(3), where=np.ones(2, bool))
+    self.assertEmpty(getattr(caught.exception, "__notes__", []))
 
 
 if __name__ == "__main__":
