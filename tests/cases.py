@@ -330,11 +330,17 @@ def _of_sequences(loss):
 
 
 CASES = (
-  Case("softmax_cross_entropy", (_logits, _soft_labels), _cross_entropy),
+  Case(
+    "softmax_cross_entropy",
+    (_logits, _soft_labels),
+    _cross_entropy,
+    rounds=True,
+  ),
   Case(
     "softmax_cross_entropy_with_integer_labels",
     (_logits, _index),
     lambda x, y: -_log_softmax(x)[y],
+    rounds=True,
   ),
   Case("safe_softmax_cross_entropy", (_logits, _soft_labels), _cross_entropy),
   Case(
@@ -384,6 +390,7 @@ CASES = (
     (_logits, _soft_labels),
     _binary_cross_entropy,
     axis=(),
+    rounds=True,
   ),
   Case("sigmoid_focal_loss", (_logits, _soft_labels), _focal, axis=()),
   Case(

@@ -373,6 +373,37 @@ class ExtremesTest(parameterized.TestCase):
         exact = np.logaddexp(float(kept[0]) - float(kept[1]), 0.0)
         assert_allclose(float(got), exact, **tolerance(dtype))
 
+  @parameterized.product(dtype=DTYPES, where=(True, (True,), (True,) * 3))
+  def test_least_logits(self, dtype, where):
+    """All at the least finite number, as a mask of another kind leaves them."""
+    least = jnp.full((1, 3), jnp.finfo(dtype).min, dtype)
+    where = np.reshape(where, (1,) * np.ndim(where) + (-1,))[0]
+    where = bool(where) if where.size == 1 else where[None]
+    with jax.debug_nans(True), jax.debug_infs(True):
+      for loss, labels in (
+        (optax.softmax_cross_entropy_with_integer_labels, jnp.array([1])),
+        (optax.softmax_cross_entropy, jnp.array([[0, 1, 0]], dtype)),
+      ):
+        assert_close(loss(least, labels, where=where), [math.log(3)], dtype)
+        gradient = jax.grad(
+          lambda x, loss=loss, labels=labels: jnp.sum(
+            loss(x, labels, where=where)
+          )
+        )(least)
+        assert_close(gradient, [[1 / 3, -2 / 3, 1 / 3]], dtype)
+
+  def test_one_class(self):
+    """Logits of one class are certain of it, for however many labels."""
+    logits = jnp.array([[5.0], [7.0]])
+    labels = jnp.array([[0.2, 0.3, NAN], [1.0, 0.0, 0.0]])
+    where = ~jnp.isnan(labels)
+    for loss in (optax.softmax_cross_entropy, optax.safe_softmax_cross_entropy):
+      assert_equal(loss(logits, labels, where=where), [0, 0])
+      gradient = jax.grad(
+        lambda y, loss=loss: jnp.sum(loss(logits, y, where=where))
+      )(labels)
+      assert_equal(gradient, np.zeros((2, 3)))
+
   def test_large_equal_logits(self):
     """Three logits of 1e8: log 3, where Optax rounds the loss away."""
     for garbage in (NAN, 0.0):
@@ -721,8 +752,9 @@ class ScoresTest(parameterized.TestCase):
     "multiclass_hinge_loss", "multiclass_perceptron_loss"
   )
   def test_minus_infinity(self, name):
-    """NaN or infinity, as in Optax."""
+    """NaN or infinity, as in Optax when it is compiled."""
     where = jnp.array([True, False, True])
+    original = jax.jit(getattr(upstream.losses, name))
     for scores in (
       [-np.inf, 2.0, -np.inf],
       [-np.inf, 2.0, 1.0],
@@ -732,7 +764,7 @@ class ScoresTest(parameterized.TestCase):
       for label, position in enumerate((0, 2)):
         np.testing.assert_array_equal(
           getattr(optax.losses, name)(scores, jnp.array(position), where=where),
-          getattr(upstream.losses, name)(scores[where], jnp.array(label)),
+          original(scores[where], jnp.array(label)),
         )
 
   def test_any_batch_rank(self):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_masking import _cross_entropy
 from optax_masking._arguments import Axis, Where, axes_last
 from optax_masking._masking import masked_inputs
 from optax_masking.fills import (
@@ -20,8 +21,12 @@ from optax_masking.fills import (
 from optax_masking.losses._original import original
 
 
-# A logit of 0 is a probability of 1/2, where all derivatives are finite.
-@masked_inputs(logits=0.0, labels=0.0)
+@masked_inputs(
+  logits=None,
+  labels=None,
+  formula=_cross_entropy.of_binary,
+  compiled=True,
+)
 def sigmoid_binary_cross_entropy(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -72,7 +77,7 @@ def sigmoid_binary_cross_entropy(
 
 
 # At a product of 0 the derivatives are the other factor, 0.
-@masked_inputs(predictor_outputs=0.0, targets=0.0)
+@masked_inputs(predictor_outputs=0.0, targets=0.0, compiled=True)
 def hinge_loss(
   predictor_outputs: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -115,7 +120,7 @@ def hinge_loss(
 
 
 # As for hinge_loss.
-@masked_inputs(predictor_outputs=0.0, targets=0.0)
+@masked_inputs(predictor_outputs=0.0, targets=0.0, compiled=True)
 def perceptron_loss(
   predictor_outputs: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -160,7 +165,7 @@ def perceptron_loss(
 
 
 # Half way up the parabola, where both derivatives are finite.
-@masked_inputs(logits=0.0, labels=0.0)
+@masked_inputs(logits=0.0, labels=0.0, compiled=True)
 def sparsemax_loss(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -206,7 +211,7 @@ def sparsemax_loss(
 
 # At 0 and 0.5 every term and its derivatives are finite. At a hard label, and
 # integer labels know no other, Optax weights an infinity by 0.
-@masked_inputs(logits=0.0, labels=0.5, alpha=0.5, gamma=0.0)
+@masked_inputs(logits=0.0, labels=0.5, alpha=0.5, gamma=0.0, compiled=True)
 def sigmoid_focal_loss(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -269,8 +274,9 @@ def sigmoid_focal_loss(
   return original.sigmoid_focal_loss(logits, labels, alpha=alpha, gamma=gamma)
 
 
-# As for softmax_cross_entropy.
-@masked_inputs(logits=below_maximum, labels=0.0)
+# exp(logit) is 0 and so is its derivative: the class is not in the normalizer.
+# Its log probability is finite, so that a label of 0 removes it from the sum.
+@masked_inputs(logits=below_maximum, labels=0.0, compiled=True)
 def safe_softmax_cross_entropy(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -322,9 +328,12 @@ def safe_softmax_cross_entropy(
   return original.safe_softmax_cross_entropy(logits, labels)
 
 
-# exp(logit) is 0 and so is its derivative: the class is not in the normalizer.
-# Its log probability is finite, so that a label of 0 removes it from the sum.
-@masked_inputs(logits=below_maximum, labels=0.0)
+@masked_inputs(
+  logits=None,
+  labels=None,
+  formula=_cross_entropy.of_probabilities,
+  compiled=True,
+)
 def softmax_cross_entropy(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -383,7 +392,12 @@ def softmax_cross_entropy(
   return original.softmax_cross_entropy(logits, labels, axis=axis)
 
 
-@masked_inputs(logits=below_maximum, labels=class_index)
+@masked_inputs(
+  logits=None,
+  labels=PerExample(None),
+  formula=_cross_entropy.of_class,
+  compiled=True,
+)
 def softmax_cross_entropy_with_integer_labels(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -442,7 +456,7 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 # What is far below the maximum does not change it, a margin of 1 included.
-@masked_inputs(scores=far_below, labels=class_index)
+@masked_inputs(scores=far_below, labels=class_index, compiled=True)
 def multiclass_hinge_loss(
   scores: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -496,7 +510,7 @@ def multiclass_hinge_loss(
 
 
 # As for multiclass_hinge_loss.
-@masked_inputs(scores=far_below, labels=class_index)
+@masked_inputs(scores=far_below, labels=class_index, compiled=True)
 def multiclass_perceptron_loss(
   scores: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -546,12 +560,13 @@ def multiclass_perceptron_loss(
   return original.multiclass_perceptron_loss(x, labels)
 
 
-# As for softmax_cross_entropy: a label of 0 removes both terms of a class.
+# As for safe_softmax_cross_entropy: a label of 0 removes both terms of a class.
 @masked_inputs(
   logits=below_maximum,
   labels=0.0,
   epsilon=PerExample(0.0),
   refuse_ambiguous_where=True,
+  compiled=True,
 )
 def poly_loss_cross_entropy(
   logits: jax.typing.ArrayLike,
@@ -612,7 +627,9 @@ def poly_loss_cross_entropy(
 
 
 # 1 * (log 1 - 0) = 0, with finite derivatives; log 0 would not have them.
-@masked_inputs(log_predictions=0.0, targets=1.0, refuse_ambiguous_where=True)
+@masked_inputs(
+  log_predictions=0.0, targets=1.0, refuse_ambiguous_where=True, compiled=True
+)
 def kl_divergence(
   log_predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -667,7 +684,10 @@ def kl_divergence(
 
 # exp(0) * (0 - 0) = 0.
 @masked_inputs(
-  log_predictions=0.0, log_targets=0.0, refuse_ambiguous_where=True
+  log_predictions=0.0,
+  log_targets=0.0,
+  refuse_ambiguous_where=True,
+  compiled=True,
 )
 def kl_divergence_with_log_targets(
   log_predictions: jax.typing.ArrayLike,
@@ -717,7 +737,9 @@ def kl_divergence_with_log_targets(
 
 
 # As for kl_divergence, and exp(0) - 1 = 0.
-@masked_inputs(log_predictions=0.0, targets=1.0, refuse_ambiguous_where=True)
+@masked_inputs(
+  log_predictions=0.0, targets=1.0, refuse_ambiguous_where=True, compiled=True
+)
 def generalized_kl_divergence(
   log_predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -814,6 +836,7 @@ def convex_kl_divergence(
   ),
   logit_paddings=paddings,
   reduces_batch=True,
+  compiled=True,
 )
 def ctc_loss_with_forward_probs(
   logits: jax.typing.ArrayLike,
@@ -980,7 +1003,9 @@ def ctc_loss(
 # A score that is 1 below the maximum is outside of the support. A sum over many
 # of them needs the digits of float32, which is the dtype of the result anyway.
 @masked_inputs(
-  scores=functools.partial(below_maximum, masked=-2.0), labels=class_index
+  scores=functools.partial(below_maximum, masked=-2.0),
+  labels=class_index,
+  compiled=True,
 )
 def multiclass_sparsemax_loss(
   scores: jax.typing.ArrayLike,

@@ -1,0 +1,329 @@
+r"""Cross-entropies under a mask, at the cost of the unmasked ones.
+
+Let :math:`x` be the logits of an example, :math:`I` its included classes and
+
+.. math::
+  m = \max_{j \in I} x_j, \qquad z_j = x_j - m, \qquad
+  s = \sum_{j \in I} \exp z_j, \qquad \log p_j = z_j - \log s \,.
+
+The losses and their derivatives, with sums over :math:`I`, are
+
+.. math::
+  \log s - z_y, & \quad \sum_j (p_j - [j = y]) \, dx_j
+  && \text{for a class } y, \\
+  -\sum_j y_j \log p_j, & \quad \sum_j (p_j \sum_k y_k - y_j) \, dx_j -
+  \sum_j \log p_j \, dy_j && \text{for probabilities } y,
+
+and :math:`d \log p_j = dx_j - \sum_k p_k \, dx_k` gives those of higher order.
+For a single logit, :math:`\log p = -\log(1 + \exp(-x))` and
+:math:`\log(1 - p) = -\log(1 + \exp x)`, the loss is :math:`-y \log p - (1 - y)
+\log (1 - p)` and its derivative :math:`(p - y) \, dx - x \, dy`.
+
+What makes these cheap, measured by `python -m benchmarks`:
+
+* XLA folds an exponential into a sum, but for CPUs no select: it would write
+  all of the logits. An example that is masked as a whole is therefore computed
+  like any other, and its loss dropped. Only a mask of classes is applied to the
+  logits first.
+* The backward pass keeps the logits, :math:`m` and :math:`s`, and computes
+  :math:`p` anew (`jax.checkpoint`), in one loop. There :math:`p` is selected,
+  too: a cotangent of 0 would not silence garbage. :math:`\log p` has a
+  derivative of its own, so that neither meets garbage in those of higher order.
+  Tools that look at each operation, such as checkify's NaN checks, see garbage
+  in examples that are masked as a whole pass by.
+* The label is compared with the index of each class, in the loop that is there
+  anyway, and not scattered. For CPUs its logit is gathered.
+
+Half precision is computed in float32, where it does not round or overflow.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from optax_masking.fills import (
+  Array,
+  Axes,
+  at_class,
+  class_number,
+  expanded,
+  flat_index,
+  on_cpus,
+)
+
+# Without barriers: the exponentials, which take most of the time, are computed
+# once if forward and backward pass are one program. With them, which is better
+# for probabilities, more is computed and less is written.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+def of_class(
+  logits: Array, labels: Array, *, where: jax.Array, axes: Axes
+) -> jax.Array:
+  """Cross-entropy of a softmax and class indices; see the module."""
+  rank = max(logits.ndim, labels.ndim + len(axes))
+  labels = expanded(labels, rank, axes)
+  shape = jnp.broadcast_shapes(logits.shape, labels.shape)
+  logits = jnp.broadcast_to(logits, shape)
+  labels = class_number(labels, math.prod(shape[a] for a in axes))
+  labels = jnp.broadcast_to(labels, _reduced(shape, axes))
+  # An example whose own class is masked counts as masked.
+  own = where
+  if _masks_classes(where, axes):
+    own = at_class(jnp.broadcast_to(where, shape), labels, axes)
+  loss, _, _ = _of_class(logits, labels, where & own, own, axes)
+  # Garbage in an example that is masked as a whole: its tangent is NaN.
+  return jnp.squeeze(jnp.where(own, loss, 0), axes)
+
+
+def of_probabilities(
+  logits: Array, labels: Array, *, where: jax.Array, axes: Axes
+) -> jax.Array:
+  """Cross-entropy of a softmax and probabilities; see the module."""
+  if jnp.issubdtype(labels.dtype, jnp.complexfloating):
+    raise TypeError(f"`labels` must be real, but has dtype {labels.dtype}.")
+  if not jnp.issubdtype(labels.dtype, jnp.floating):
+    labels = labels.astype(_wide(logits.dtype))
+  shape = jnp.broadcast_shapes(logits.shape, labels.shape)
+  logits = jnp.expand_dims(logits, range(len(shape) - logits.ndim))
+  # Logits that broadcast along a class axis are one class for several labels.
+  one = tuple(a for a in axes if logits.shape[a] == 1 != shape[a])
+  if one:
+    labels = jnp.sum(jnp.where(where, labels, 0), one, keepdims=True)
+    where = jnp.any(where, one, keepdims=True)
+    shape = jnp.broadcast_shapes(logits.shape, labels.shape)
+  logits = jnp.broadcast_to(logits, shape)
+  labels = jnp.broadcast_to(labels, shape)
+  if jnp.finfo(labels.dtype).bits > 32:  # As Optax, in the wider of the two.
+    logits = logits.astype(labels.dtype)
+  loss, _, _ = _of_probabilities(logits, labels, where, axes)
+  included = jnp.any(where, axes, keepdims=True)
+  return jnp.squeeze(jnp.where(included, loss, 0), axes)
+
+
+def of_binary(
+  logits: Array, labels: Array, *, where: jax.Array, axes: Axes
+) -> jax.Array:
+  """Cross-entropy of a sigmoid and probabilities; see the module."""
+  del axes  # It is elementwise.
+  logits, labels = jnp.broadcast_arrays(logits, labels)
+  if not jnp.issubdtype(labels.dtype, jnp.floating):
+    labels = labels.astype(_wide(logits.dtype))
+  return _of_binary(logits, labels, where)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _of_class(logits, labels, where, own, axes):
+  """The loss, and what its derivative needs to compute the softmax anew."""
+  top, total = _normalizer(logits, where, axes)
+  included = own
+  if _masks_classes(where, axes):
+    # A label that names no class is NaN, but not where there is no class.
+    named = labels < math.prod(logits.shape[a] for a in axes)
+    included = own & (named | (total != 0))
+  total = jnp.where(included, total, 1)
+  labels = jnp.where(included, labels, 0)
+  label_logits = at_class(logits, labels, axes).astype(top.dtype)
+  loss = jnp.log(total) - (label_logits - top)
+  return jnp.where(included, loss, 0), top, total
+
+
+@_of_class.defjvp
+def _(axes, primals, tangents):
+  logits, labels, where, _ = primals
+  loss, top, total = _of_class(*primals, axes)
+
+  @_recomputed
+  def derivative(dx, logits, top, total):
+    p = _softmax(logits, top, total, where, axes)
+    is_label = (flat_index(logits.shape, axes) == labels) & where
+    dx = _replace_masked_classes(dx, where, axes, 0, p.dtype)
+    return jnp.sum((p - is_label.astype(p.dtype)) * dx, axes, keepdims=True)
+
+  zero = jnp.zeros_like(total)
+  derivatives = derivative(tangents[0], logits, top, total), zero, zero
+  return (loss, top, total), derivatives
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _of_probabilities(logits, labels, where, axes):
+  """The loss, and what its derivative needs to compute the softmax anew."""
+  top, total = _normalizer(logits, where, axes)
+  total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
+  total += 0 * jnp.log(total)  # An infinite logit makes it NaN, as in Optax.
+  # XLA for CPUs would write what two sums share.
+  barrier = functools.partial(
+    on_cpus, jax.lax.optimization_barrier, lambda x: x
+  )
+  shifted = _shifted(logits, barrier(top), where, axes)
+  labels = _replace_masked_classes(labels, where, axes, 0, top.dtype)
+  terms = labels * (barrier(jnp.log(total)) - shifted)
+  # Selected last, for XLA to write these and not both factors.
+  terms = _replace_masked_classes(terms, where, axes, 0, top.dtype)
+  return jnp.sum(terms, axes, keepdims=True), top, total
+
+
+# The `shard_map` of older versions refuses symbolic zeros, which save the
+# derivative of labels that are constant.
+@functools.partial(
+  _of_probabilities.defjvp, symbolic_zeros=hasattr(jax, "shard_map")
+)
+def _(axes, primals, tangents):
+  logits, labels, where = primals
+  loss, top, total = _of_probabilities(logits, labels, where, axes)
+
+  @jax.checkpoint
+  def by_logits(dx, logits, labels, top, total, weight):
+    p = _softmax(logits, top, total, where, axes)
+    labels = jnp.where(where, labels, 0).astype(p.dtype)
+    dx = _replace_masked_classes(dx, where, axes, 0, p.dtype)
+    mean = weight * jnp.sum(p * dx, axes, keepdims=True)
+    return mean - jnp.sum(labels * dx, axes, keepdims=True)
+
+  @jax.checkpoint
+  def by_labels(dy, logits, top, total):
+    log_p = _log_softmax(logits, top, total, where, axes)
+    dy = _replace_masked_classes(dy, where, axes, 0, log_p.dtype)
+    return -jnp.sum(log_p * dy, axes, keepdims=True)
+
+  dx, dy, _ = tangents
+  zero = derivative = jnp.zeros_like(total)
+  if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
+    included = jnp.any(where, axes, keepdims=True)
+    weight = _replace_masked_classes(labels, where, axes, 0, zero.dtype)
+    weight = jnp.sum(weight, axes, keepdims=True)
+    weight = jnp.where(included, weight, 0)
+    derivative += by_logits(dx, logits, labels, top, total, weight)
+  if not isinstance(dy, jax.custom_derivatives.SymbolicZero):
+    derivative += by_labels(dy, logits, top, total)
+  return (loss, top, total), (derivative, zero, zero)
+
+
+def _normalizer(logits, where, axes):
+  """The maximum, and the sum of exponentials below it.
+
+  Where the maximum is infinite, or there is none, 0 takes its place.
+  """
+  scaled, scale, least = _scaled(logits, where, axes)
+  top = jnp.max(scaled, axes, keepdims=True).astype(_wide(logits.dtype))
+  top = jnp.where((least < top) & (top < jnp.inf), top, 0) * scale
+  terms = _exponentials(logits, top, where, axes)
+  return top, jnp.sum(terms, axes, keepdims=True)
+
+
+def _exponentials(logits, top, where, axes):
+  """Exponentials below the maximum, 0 for masked classes."""
+  scaled, scale, _ = _scaled(logits, where, axes)
+  return jnp.exp(scaled.astype(top.dtype) - top / scale) ** scale
+
+
+def _scaled(logits, where, axes):
+  """Logits in which masked classes are below all others.
+
+  With what to multiply them by, and what they are above if they are finite.
+  Quarters leave room for a fill that is below the least of them, and from which
+  no difference overflows.
+  """
+  if not _masks_classes(where, axes):
+    return logits, 1, -jnp.inf
+  wide = _wide(logits.dtype)
+  quarters = _replace_masked_classes(logits, where, axes, 0, wide) / 4
+  least = 0.75 * float(jnp.finfo(wide).min)
+  return jnp.where(where, quarters, least), 4, least
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _softmax(logits, top, total, where, axes):
+  """The softmax, and 0 for what is masked."""
+  p = _exponentials(logits, top, where, axes) * (1 / total)
+  return p if _masks_classes(where, axes) else jnp.where(where, p, 0)
+
+
+@_softmax.defjvp
+def _(axes, primals, tangents):
+  p = _softmax(*primals, axes)
+  return p, p * _log_softmax_derivative(p, tangents[0], primals[-1], axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _log_softmax(logits, top, total, where, axes):
+  """The logarithms of the softmax, and 0 for what is masked."""
+  shifted = _shifted(logits, top, where, axes)
+  return jnp.where(where, shifted - jnp.log(total), 0)
+
+
+@_log_softmax.defjvp
+def _(axes, primals, tangents):
+  p = _softmax(*primals, axes)
+  derivative = _log_softmax_derivative(p, tangents[0], primals[-1], axes)
+  return _log_softmax(*primals, axes), derivative
+
+
+def _log_softmax_derivative(p, dx, where, axes):
+  dx = jnp.where(where, dx, 0).astype(p.dtype)
+  return jnp.where(where, dx - jnp.sum(p * dx, axes, keepdims=True), 0)
+
+
+def _shifted(logits, top, where, axes):
+  """The logits less the largest, and 0 for masked classes."""
+  return _replace_masked_classes(logits, where, axes, top, top.dtype) - top
+
+
+def _replace_masked_classes(x, where, axes, fill, dtype):
+  """Replaces masked classes, and leaves examples masked as a whole."""
+  if not _masks_classes(where, axes):
+    return x.astype(dtype)
+  if x.dtype != dtype:  # A conversion would be an operation on garbage.
+    x = jnp.where(where, x, 0).astype(dtype)
+  return jnp.where(where, x, fill)
+
+
+def _masks_classes(where, axes):
+  return any(where.shape[a] != 1 for a in axes)
+
+
+def _reduced(shape, axes):
+  return tuple(1 if a in axes else size for a, size in enumerate(shape))
+
+
+def _wide(dtype):
+  """The dtype to compute in."""
+  return jnp.dtype("float32") if jnp.finfo(dtype).bits < 32 else dtype
+
+
+@jax.custom_jvp
+def _of_binary(logits, labels, where):
+  x, y = (_included(a, where) for a in (logits, labels))
+  softplus = jnp.log1p(jnp.exp(-jnp.abs(x)))
+  minus_log_p = jnp.maximum(-x, 0) + softplus
+  minus_log_not_p = jnp.maximum(x, 0) + softplus
+  return jnp.where(where, y * minus_log_p + (1 - y) * minus_log_not_p, 0)
+
+
+@_of_binary.defjvp
+def _(primals, tangents):
+  @_recomputed
+  def derivative(dx, dy, logits, labels, where):
+    x, y, dx, dy = (_included(a, where) for a in (logits, labels, dx, dy))
+    return jnp.where(where, (_sigmoid(x) - y) * dx - x * dy, 0)
+
+  return _of_binary(*primals), derivative(*tangents[:2], *primals)
+
+
+def _included(x, where):
+  return jnp.where(where, x, 0).astype(_wide(x.dtype))
+
+
+@jax.custom_jvp
+def _sigmoid(logits):
+  """The sigmoid, of the exponential that the loss has computed."""
+  exponential = jnp.exp(-jnp.abs(logits))
+  return jnp.where(logits < 0, exponential, 1) / (1 + exponential)
+
+
+@_sigmoid.defjvp
+def _(primals, tangents):
+  p = _sigmoid(*primals)
+  return p, p * (1 - p) * tangents[0]
