@@ -19,6 +19,7 @@ from optax_masking.losses._original import original
   weights=0.0,
   refuse_ambiguous_where=True,
   reduces_batch=True,
+  compiled=True,
 )
 def ranking_softmax_loss(
   logits: jax.typing.ArrayLike,

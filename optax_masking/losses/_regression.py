@@ -1,15 +1,60 @@
 """Regression losses."""
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 
 from optax_masking._arguments import Axis, Where
 from optax_masking._masking import masked_inputs
-from optax_masking.fills import zero_unless_empty
+from optax_masking.fills import select, zero_unless_empty
 from optax_masking.losses._original import original
 
 
-# An error of 0 is 0, with a derivative of 0.
-@masked_inputs(predictions=0.0, targets=0.0)
+def _of_error(
+  loss: Callable[..., jax.Array], slope: Callable[[jax.Array], jax.Array]
+) -> Callable[..., jax.Array]:
+  """Makes the formula of a loss of the error that is 0 at 0, as its slope is.
+
+  The error is selected once, in the loop that subtracts, and not the loss.
+  """
+
+  @jax.custom_jvp
+  def masked(predictions, targets, where):
+    return loss(_error(predictions, targets, where))
+
+  @masked.defjvp
+  def _(primals, tangents):
+    predictions, targets, where = primals
+    derivative = _error(tangents[0], tangents[1], where)
+    slopes = slope(_error(predictions, targets, where))
+    return masked(*primals), slopes * derivative
+
+  def formula(predictions, targets, *, where, axes):
+    del axes  # It is elementwise.
+    if targets is not None:
+      dtype = jnp.result_type(predictions, targets)
+      if not jnp.issubdtype(targets.dtype, jnp.floating):
+        targets = targets.astype(dtype)
+      predictions, targets = jnp.broadcast_arrays(predictions, targets)
+    return masked(predictions, targets, where)
+
+  return formula
+
+
+def _error(predictions, targets, where):
+  predictions = select(where, predictions, 0)
+  if targets is None:
+    return predictions
+  return select(where, predictions - select(where, targets, 0), 0)
+
+
+@masked_inputs(
+  predictions=None,
+  targets=None,
+  formula=_of_error(original.squared_error, lambda error: 2 * error),
+  compiled=True,
+)
 def squared_error(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike | None = None,
@@ -56,7 +101,12 @@ def squared_error(
   return original.squared_error(predictions, targets)
 
 
-@masked_inputs(predictions=0.0, targets=0.0)
+@masked_inputs(
+  predictions=None,
+  targets=None,
+  formula=_of_error(original.l2_loss, lambda error: error),
+  compiled=True,
+)
 def l2_loss(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike | None = None,
@@ -100,8 +150,9 @@ def l2_loss(
   return original.l2_loss(predictions, targets)
 
 
+# An error of 0 is 0, with a derivative of 0.
 # delta is multiplied by an error of 0; at 1 its derivatives are finite.
-@masked_inputs(predictions=0.0, targets=0.0, delta=1.0)
+@masked_inputs(predictions=0.0, targets=0.0, delta=1.0, compiled=True)
 def huber_loss(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike | None = None,
@@ -150,7 +201,12 @@ def huber_loss(
   return original.huber_loss(predictions, targets, delta=delta)
 
 
-@masked_inputs(predictions=0.0, targets=0.0)
+@masked_inputs(
+  predictions=None,
+  targets=None,
+  formula=_of_error(original.log_cosh, jnp.tanh),
+  compiled=True,
+)
 def log_cosh(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike | None = None,
@@ -199,6 +255,7 @@ def log_cosh(
   targets=zero_unless_empty,
   epsilon=1.0,
   refuse_ambiguous_where=True,
+  compiled=True,
 )
 def cosine_similarity(
   predictions: jax.typing.ArrayLike,
@@ -260,6 +317,7 @@ def cosine_similarity(
   targets=zero_unless_empty,
   epsilon=1.0,
   refuse_ambiguous_where=True,
+  compiled=True,
 )
 def cosine_distance(
   predictions: jax.typing.ArrayLike,

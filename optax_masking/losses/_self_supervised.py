@@ -23,7 +23,10 @@ from optax_masking.losses._original import original
 # 0 adds nothing to a product or a norm. Optax keeps norms from being 0, but so
 # near to it that in float16 the second derivative would overflow.
 @masked_inputs(
-  embeddings=zero_unless_empty, labels=PerExample(0), reduces_batch=True
+  embeddings=zero_unless_empty,
+  labels=PerExample(0),
+  reduces_batch=True,
+  compiled=True,
 )
 def ntxent(
   embeddings: jax.typing.ArrayLike,
@@ -174,7 +177,11 @@ def triplet_margin_loss(
 
 # A difference of 0 adds nothing to a norm.
 @masked_inputs(
-  anchors=0.0, positives=0.0, negatives=0.0, margin=PerExample(1.0)
+  anchors=0.0,
+  positives=0.0,
+  negatives=0.0,
+  margin=PerExample(1.0),
+  compiled=True,
 )
 def _triplet_margin_loss(
   anchors, positives, negatives, axis, norm_degree, margin, eps, *, where

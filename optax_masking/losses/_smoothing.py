@@ -9,7 +9,9 @@ from optax_masking.losses._original import original
 
 
 # The formula is of one element and a count; what is masked is zeroed after it.
-@masked_inputs(labels=0.0, alpha=0.5, refuse_ambiguous_where=True)
+@masked_inputs(
+  labels=0.0, alpha=0.5, refuse_ambiguous_where=True, compiled=True
+)
 def smooth_labels(
   labels: jax.typing.ArrayLike,
   alpha: jax.typing.ArrayLike,
