@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_masking._audit import _ROWS as ROWS
+from optax_masking._audit import ROWS
 
 LOSSES = tuple(ROWS)
 INTEGER_LABELS = "softmax_cross_entropy_with_integer_labels"

@@ -145,7 +145,7 @@ _sequence = functools.partial(
   axes={"return": (0,)},
 )
 
-_ROWS = {
+ROWS = {
   "binary_dice_loss": _Row(
     (_logits, _labels), examples=None, axes={"return": (0,)}
   ),
@@ -241,7 +241,7 @@ def _names(module: Any) -> list[str]:
 
 def _of_optax(target: str, name: str) -> Loss:
   function = getattr(TARGETS[target], name)
-  row = _ROWS.get(name)
+  row = ROWS.get(name)
   if row is None:  # One that is newer than this audit.
     try:
       return _guessed(target, name, function)
