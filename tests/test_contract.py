@@ -369,6 +369,29 @@ class ContractTest(chex.TestCase):
         assert_close(got[finite], value[finite], dtype)
 
 
+class TangentsTest(parameterized.TestCase):
+  @parameterized.named_parameters(NAMED)
+  def test_of_masked_elements(self, case):
+    """A NaN in the tangent of what is masked goes no further, either."""
+    arguments = case.arguments(DTYPES[0])
+    for where in (
+      masks(case.shape)["random"],
+      row_masks(case.shape)["some rows masked"],
+    ):
+      kept = np.broadcast_to(where, case.shape)
+      x = arguments[0]
+      masked = np.broadcast_to(case.masked(0, kept), x.shape)
+      derivatives = [
+        jax.jvp(
+          lambda x, where=where: case.loss(x, *arguments[1:], where=where),
+          (x,),
+          (jnp.where(masked, fill, 1.0).astype(x.dtype),),
+        )[1]
+        for fill in (0.0, jnp.nan)
+      ]
+      assert_equal(derivatives[1], derivatives[0])
+
+
 class CleanArithmeticTest(parameterized.TestCase):
   """Clause 7: no NaN or inf is computed because of a mask."""
 

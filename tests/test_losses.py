@@ -373,12 +373,12 @@ class ExtremesTest(parameterized.TestCase):
         exact = np.logaddexp(float(kept[0]) - float(kept[1]), 0.0)
         assert_allclose(float(got), exact, **tolerance(dtype))
 
-  @parameterized.product(dtype=DTYPES, where=(True, (True,), (True,) * 3))
+  @parameterized.product(
+    dtype=DTYPES, where=(True, [True], [[True, True, True]])
+  )
   def test_least_logits(self, dtype, where):
     """All at the least finite number, as a mask of another kind leaves them."""
     least = jnp.full((1, 3), jnp.finfo(dtype).min, dtype)
-    where = np.reshape(where, (1,) * np.ndim(where) + (-1,))[0]
-    where = bool(where) if where.size == 1 else where[None]
     with jax.debug_nans(True), jax.debug_infs(True):
       for loss, labels in (
         (optax.softmax_cross_entropy_with_integer_labels, jnp.array([1])),
