@@ -297,7 +297,9 @@ def _masked_call(
     for name, x in arrays.items()
   }
   examples = tuple(s for a, s in enumerate(shape) if a not in axes)
-  if formula is not None and 0 not in shape:  # What is empty needs no care.
+  if 0 in shape:
+    formula = None  # There is nothing to fill.
+  if formula is not None:
     given = {n: x for n, x in {**arguments, **filled}.items() if n != "axis"}
     result = formula(**given, where=where, axes=axes)
     dtype = dtype_without_sharding(evaluate, arrays)
