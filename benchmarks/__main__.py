@@ -32,6 +32,7 @@ import argparse
 import itertools
 import json
 import pathlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -133,10 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
       options.output.write_text(json.dumps(report, indent=1) + "\n")
       print(f"\n{tables[-1][0]}\n\n{_table(rows)}", flush=True)
   _plot(tables, options.output.with_suffix(".png"))
+  print(f"\nWritten to {options.output}")
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser("python -m benchmarks")
+  parser = argparse.ArgumentParser(
+    "python -m benchmarks",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   add = parser.add_argument
   for name, (choices, _) in _GRID.items():
     if name == "shape":
@@ -149,16 +155,31 @@ def _parser() -> argparse.ArgumentParser:
       hint = "some of: " + "; ".join(choices)
       metavar = name.upper()
       add(f"--{name}", nargs="+", choices=choices, metavar=metavar, help=hint)
-  add("--all", action="store_true", help="everything that is not selected")
-  add("--no-time", action="store_true", help="only what never varies")
+  hint = "all values of what is not selected, which may take hours"
+  add("--all", action="store_true", help=hint)
+  add("--no-time", action="store_true", help="only the counters")
   output = pathlib.Path(__file__).with_name("results.json")
-  add("--output", type=pathlib.Path, default=output)
+  hint = "where to write the JSON, with a plot beside it if there is matplotlib"
+  add("--output", type=_output, default=output, help=f"{hint} ({output.name})")
   return parser
 
 
 def _shape(text: str) -> tuple[tuple[int, ...], int]:
-  sizes, _, axis = text.partition("@")
-  return tuple(map(int, sizes.split("x"))), int(axis or -1)
+  match = re.fullmatch(r"(\d+(?:x\d+)*)(?:@(-?\d+))?", text)
+  shape = tuple(map(int, match[1].split("x"))) if match else ()
+  axis = int(match[2] or -1) if match else 0
+  if not -len(shape) <= axis < len(shape):
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is no shape such as 4096x512, or 8x19x128x128@1"
+    )
+  return shape, axis
+
+
+def _output(text: str) -> pathlib.Path:
+  path = pathlib.Path(text)
+  if not path.parent.is_dir():
+    raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+  return path
 
 
 def _grids(options: argparse.Namespace) -> list[dict[str, Sequence[Any]]]:

@@ -74,8 +74,8 @@ def masked_inputs(
   """Gives a loss NumPy's ``axis`` and ``where``, safe in every derivative.
 
   The decorated loss replaces what ``where`` masks by a neutral fill before it
-  computes anything, and returns 0 where nothing is included. Called without a
-  mask, it is the undecorated loss.
+  computes anything, and returns 0 where nothing is included, unless a
+  ``formula`` sees to that. Called without a mask, it is the undecorated loss.
 
   ``axis`` and ``where`` mean the same for every decorated loss. Let ``S`` be
   the shape that the array arguments broadcast to.
@@ -102,14 +102,17 @@ def masked_inputs(
       with all arguments by name: those with a fill filled, ``axes`` (none
       negative) for ``axis``, and ``where`` with the rank of ``S``, to which it
       broadcasts: a mask of examples has size 1 along ``axes``. It returns the
-      masked loss, in any floating dtype: with the shape ``S`` if the loss is
-      elementwise, or without ``axes``. What is not filled it masks by itself.
+      masked loss, 0 where nothing is included, in any floating dtype, which is
+      rounded to that of the loss: with the shape ``S`` if the loss is
+      elementwise (the decorator sums), or without ``axes``. What is not filled
+      it masks by itself.
     compiled: Whether to compile the masked loss, for calls outside of ``jit``.
-      It may then depend on nothing but its arguments, as anything that ``jit``
-      takes. Arrays and floats are inputs of the program; None, integers,
-      strings and tuples are constants, with a program for each. A call with
-      anything else, such as a function that is not the default, is not
-      compiled.
+      It may then depend on nothing but its arguments: what else it reads stays
+      what it was at the first call. One that can't be compiled is traced in
+      vain, and run. Arrays and floats are inputs of the program; None,
+      integers, strings and tuples are constants, with a program for each. A
+      call with anything else, such as a function that is not the default, is
+      not compiled.
     **fills: For each argument of the loss that is an array, by name, what
       stands in for its masked elements: something that keeps the loss and its
       derivatives finite and, in a loss that reduces ``axis``, adds nothing to
@@ -180,6 +183,17 @@ def masked_inputs(
     ...     jnp.array([1, -100]),
     ...     where=jnp.array([[True, True, False], [False, False, False]])))
     [0.5 0. ]
+
+    One whose formula selects the error, and not both arguments:
+
+    >>> def masked_error(predictions, targets, *, where, axes):
+    ...   return jnp.abs(jnp.where(where, predictions - targets, 0.0))
+    >>> @optax.masked_inputs(
+    ...     predictions=None, targets=None, formula=masked_error, compiled=True)
+    ... def absolute_error(predictions, targets):
+    ...   return jnp.abs(predictions - targets)
+    >>> print(absolute_error(predictions, targets, where=~jnp.isnan(targets)))
+    [2. 0. 1.]
   """
 
   def decorate(loss: Callable[P, R]) -> Callable[P, R]:
@@ -321,7 +335,7 @@ def _masked_call(
       result = select(where, result, 0)
     return jnp.sum(result, axes) if elementwise and axes else result
   if elementwise or jnp.shape(result) != examples:
-    written = inspect.unwrap(loss)
+    written = inspect.unwrap(loss) if formula is None else formula
     raise ValueError(
       f"{getattr(written, '__name__', written)} returned the shape"
       f" {jnp.shape(result)} for data of shape {shape}, not"

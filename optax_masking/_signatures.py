@@ -16,6 +16,8 @@ def check_fills(
   formula: Callable[..., Any] | None,
 ) -> None:
   """Refuses fills of what the loss has not, and what can't be a fill."""
+  if not (formula is None or callable(formula)):
+    raise TypeError(f"`formula` must be a function, not {formula!r}.")
   parameters = inspect.signature(loss).parameters
   one_value = [
     name

@@ -103,7 +103,7 @@ class CountersTest(parameterized.TestCase):
     self.assertLessEqual(scan, scan_limit * n)
 
   def test_forward(self):
-    """A loss that is not differentiated costs what it does without a mask."""
+    """A mask of examples adds nothing, with probabilities little, to a loss."""
     for name in (INTEGER, SOFT):
       arguments = arguments_of(name, "float32", *CLASSES_LAST, "row")
       loss, original = losses_of(name, -1)
