@@ -339,6 +339,55 @@ class BroadcastTest(parameterized.TestCase):
     )
 
 
+class FormulasTest(parameterized.TestCase):
+  """Losses that do not call Optax under a mask."""
+
+  @parameterized.parameters(
+    ("softmax_cross_entropy", (0, 1)),
+    ("softmax_cross_entropy_with_integer_labels", 0),
+    ("sigmoid_binary_cross_entropy", (0, 1)),
+    ("squared_error", (0, 1)),
+    ("l2_loss", (0, 1)),
+    ("log_cosh", (0, 1)),
+  )
+  def test_second_derivatives(self, name, arguments_of):
+    """They are Optax's where nothing is masked, those of labels among them."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 2, 3))
+    if name.endswith("integer_labels"):
+      y = np.array([1, 2])
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    original = getattr(upstream.losses, name)
+    expected = jax.hessian(
+      lambda x, y: jnp.sum(original(x, y) ** 2), arguments_of
+    )(x, y)
+    for where in (True, np.ones((2, 1), bool), np.ones((2, 3), bool)):
+
+      def total(x, y, where=where):
+        return jnp.sum(getattr(optax.losses, name)(x, y, where=where) ** 2)
+
+      for second in (jax.hessian, lambda f, a: jax.jacrev(jax.jacrev(f, a), a)):
+        got = second(total, arguments_of)(x, y)
+        for a, b in zip(
+          jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
+        ):
+          assert_close(a, b, DTYPES[0], roundings=64)
+
+  def test_own_class_masked(self):
+    """An example without its label is masked, whatever is left of it."""
+    logits = jnp.array([[NAN, 1.0, 2.0], [0.0, 0.0, NAN]])
+    where = np.array([[True, False, True], [True, True, False]])
+    loss, gradient = jax.value_and_grad(
+      lambda x: jnp.sum(
+        optax.softmax_cross_entropy_with_integer_labels(
+          x, jnp.array([1, 0]), where=where
+        )
+      )
+    )(logits)
+    assert_allclose(loss, math.log(2), rtol=1e-6)
+    assert_allclose(gradient, [[0, 0, 0], [-0.5, 0.5, 0]], rtol=1e-6)
+
+
 class ExtremesTest(parameterized.TestCase):
   @parameterized.parameters([(dtype,) for dtype in DTYPES])
   def test_logits(self, dtype):
