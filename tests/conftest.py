@@ -4,6 +4,9 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
+# Programs of two devices that wait for each other may wait for ever, if others
+# have the threads that they need.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # Half precision, what compiles or runs long, and what is particular to a loss.
 SLOW = (
