@@ -41,7 +41,11 @@ else:
   # No frame of this package, for a deprecation to name the line of the caller.
   __getattr__ = _functools.partial(getattr, _optax)
 
-from optax_masking import _submodules, fills as fills
+from optax_masking import (
+  _submodules,
+  fills as fills,
+  reductions as reductions,
+)
 from optax_masking._masking import masked_inputs as masked_inputs
 from optax_masking.losses import __all__ as _names
 

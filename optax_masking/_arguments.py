@@ -163,28 +163,38 @@ def canonicalize_where(
   refuse_ambiguous: bool,
 ) -> jax.Array:
   """Checks a mask against the shape of the data and gives it the same rank."""
-  where = boolean(where)
+  return aligned("where", boolean(where), shape, axes, refuse_ambiguous)
+
+
+def aligned(
+  name: str,
+  x: jax.Array,
+  shape: Shape,
+  axes: Axes,
+  refuse_ambiguous: bool,
+) -> jax.Array:
+  """Gives a mask, or what is shaped as one may be, the rank of the data."""
   rank = len(shape)
-  if where.ndim == 0:
-    return jnp.reshape(where, (1,) * rank)
+  if x.ndim == 0:
+    return jnp.reshape(x, (1,) * rank)
 
   def expanded(new_axes: Axes) -> Shape:
-    sizes = iter(where.shape)
+    sizes = iter(x.shape)
     return tuple(1 if a in new_axes else next(sizes) for a in range(rank))
 
   def fits(new_axes: Axes) -> bool:
-    return where.ndim + len(new_axes) == rank and all(
+    return x.ndim + len(new_axes) == rank and all(
       w in (1, s) for w, s in zip(expanded(new_axes), shape, strict=True)
     )
 
   if fits(()):
-    return where
-  left_aligned = tuple(range(where.ndim, rank))
-  right_aligned = tuple(range(rank - where.ndim))
+    return x
+  left_aligned = tuple(range(x.ndim, rank))
+  right_aligned = tuple(range(rank - x.ndim))
   if not fits(axes):
     batch = tuple(s for a, s in enumerate(shape) if a not in axes)
     fixes = [
-      _indexed(new_axes, rank)
+      name + _indexed(new_axes, rank)
       for new_axes in dict.fromkeys((left_aligned, right_aligned))
       if new_axes and fits(new_axes)
     ]
@@ -194,7 +204,7 @@ def canonicalize_where(
       if target
     )
     raise ValueError(
-      f"`where` has shape {where.shape}, but for data of shape {shape} and the"
+      f"`{name}` has shape {x.shape}, but for data of shape {shape} and the"
       f" axes {axes} it must {accepted}be a scalar."
       + (f" Did you mean {' or '.join(fixes)}?" if fixes else "")
     )
@@ -204,20 +214,20 @@ def canonicalize_where(
     and expanded(axes) != expanded(right_aligned)
   ):
     raise ValueError(
-      f"`where` of shape {where.shape} fits data of shape {shape} in two ways:"
-      f" as one entry an example, {_indexed(axes, rank)}, and aligned to the"
-      f" last axis, {_indexed(right_aligned, rank)}. Pass one of the two."
+      f"`{name}` of shape {x.shape} fits data of shape {shape} in two ways: as"
+      f" one entry an example, {name}{_indexed(axes, rank)}, and aligned to the"
+      f" last axis, {name}{_indexed(right_aligned, rank)}. Pass one of the two."
     )
-  return jnp.expand_dims(where, axes)
+  return jnp.expand_dims(x, axes)
 
 
 def _indexed(new_axes: Axes, rank: int) -> str:
-  """The expression that gives `where` these new axes."""
+  """The index that gives a mask these new axes."""
   kept = [a for a in range(rank) if a not in new_axes]
   if kept == list(range(len(kept))):
-    return f"where[{', '.join(['...'] + ['None'] * len(new_axes))}]"
+    return f"[{', '.join(['...'] + ['None'] * len(new_axes))}]"
   index = ["None" if a in new_axes else ":" for a in range(kept[-1] + 1)]
-  return f"where[{', '.join(index)}]"
+  return f"[{', '.join(index)}]"
 
 
 def check_axis_of(name: str, x_shape: Shape, shape: Shape, axis: Axis) -> None:

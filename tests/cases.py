@@ -318,12 +318,14 @@ def _ranking(loss):
 
 
 def _of_groups(loss):
-  return lambda x, **kwargs: loss(x, GROUPS, **kwargs)
+  return lambda x, **kwargs: loss(x, np.resize(GROUPS, len(x)), **kwargs)
 
 
 def _of_sequences(loss):
   def losses(x, **kwargs):
-    result = loss(x, FRAMES, LABELS, LABEL_PADDINGS, **kwargs)
+    sequences = (FRAMES, LABELS, LABEL_PADDINGS)
+    sequences = [np.resize(a, (len(x), a.shape[1])) for a in sequences]
+    result = loss(x, *sequences, **kwargs)
     return result[0] if isinstance(result, tuple) else result
 
   return losses

@@ -17,7 +17,7 @@ from cases import CASES, MASKED, PASSED_THROUGH
 
 import optax_masking as optax
 
-OWN_MODULES = {"fills"}
+OWN_MODULES = {"fills", "reductions"}
 OWN = {"masked_inputs", "losses"} | OWN_MODULES | set(MASKED)
 
 

@@ -12,6 +12,7 @@ import optax_masking.losses
 from optax_masking import adamw, losses, tree_utils
 from optax_masking.contrib import muon
 from optax_masking.losses import hinge_loss, softmax_cross_entropy
+from optax_masking.reductions import RunningMean, masked_mean
 from optax_masking.schedules import constant_schedule
 from optax_masking.testing import Report, assert_mask_safe
 
@@ -55,6 +56,11 @@ def main() -> None:
   total += optax.ntxent(logits, jnp.array([0, 0, 1]), where=mask)
   total += optax.smooth_labels(logits, 0.1, where=mask).sum()
   total += own_loss(logits, logits, where=mask).sum()
+  total += masked_mean(logits, mask, -1, weights=2.0, axis_name=None).sum()
+  running: RunningMean = sum(
+    (RunningMean.empty().update(row) for row in logits), RunningMean.empty()
+  )
+  total += optax.reductions.masked_count(logits) * running.mean()
   report: Report = assert_mask_safe(
     optax.squared_error, logits, 2 * logits, where=mask[:, None], samples=2
   )

@@ -1,0 +1,181 @@
+"""Accumulates the gradient of a batch over microbatches with uneven padding.
+
+The sentences are sorted by length, so that one microbatch has few characters
+and another many, and the first three are nothing but padding.
+
+You will see how far the accumulated gradient is from that of the whole batch:
+with a scan, with `optax.microbatching` and with `optax.MultiSteps`, each of
+which is given the count of the whole batch as the denominator; with a scan that
+counts on the way, for microbatches that arrive one by one; and with the mean of
+the means of the microbatches, which is not the mean.
+
+    python examples/microbatches.py
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from padded_text import (
+  END,
+  PADDING,
+  Params,
+  encode,
+  find_sentences,
+  init_params,
+  pad,
+  predict_all,
+)
+
+import optax_masking as optax
+from optax_masking import reductions
+
+ROWS = 24
+
+# A mean over what is included in a batch, or its sum divided by a given count.
+Loss = Callable[[Params, jax.Array, jax.Array | None], jax.Array]
+
+
+def split(batch: jax.Array, microbatches: int) -> jax.Array:
+  return batch.reshape(microbatches, -1, *batch.shape[1:])
+
+
+def with_scan(
+  loss: Loss, params: Params, batch: jax.Array, count: jax.Array, k: int
+) -> Params:
+  """Sums of gradients, each divided by the count of the whole batch."""
+
+  def add(total: Params, part: jax.Array) -> tuple[Params, None]:
+    grads = jax.grad(loss)(params, part, count)
+    return jax.tree.map(jnp.add, total, grads), None
+
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  return jax.lax.scan(add, zeros, split(batch, k))[0]
+
+
+def with_microbatching(
+  loss: Loss, params: Params, batch: jax.Array, count: jax.Array, k: int
+) -> Params:
+  """The same by `optax.microbatching`, which makes the parts by itself."""
+  accumulated = optax.microbatching.microbatch(
+    jax.grad(loss),
+    argnums=1,
+    microbatch_size=len(batch) // k,
+    accumulator=optax.microbatching.AccumulationType.SUM,
+  )
+  return accumulated(params, batch, count)
+
+
+def with_multi_steps(
+  loss: Loss, params: Params, batch: jax.Array, count: jax.Array, k: int
+) -> Params:
+  """The gradient that reaches the optimizer at the last of k steps."""
+  descent = optax.sgd(1.0)  # Its update is the gradient, with the sign changed.
+  optimizer = optax.MultiSteps(descent, k, use_grad_mean=False)  # A sum.
+  state = optimizer.init(params)
+  for part in split(batch, k):
+    grads = jax.grad(loss)(params, part, count)
+    updates, state = optimizer.update(grads, state, params)
+  return jax.tree.map(jnp.negative, updates)
+
+
+def with_sums(
+  loss_sum: Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]],
+  params: Params,
+  batch: jax.Array,
+  k: int,
+) -> Params:
+  """For a count that is not known before: what is summed is divided last."""
+
+  def add(total: tuple, part: jax.Array) -> tuple[tuple, None]:
+    grads, count = jax.grad(loss_sum, has_aux=True)(params, part)
+    return jax.tree.map(jnp.add, total, (grads, count)), None
+
+  zeros = jax.tree.map(jnp.zeros_like, params), 0
+  (grads, count), _ = jax.lax.scan(add, zeros, split(batch, k))
+  return jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
+
+
+def with_mean_of_means(
+  loss: Loss, params: Params, batch: jax.Array, k: int
+) -> Params:
+  """What goes wrong: a part with few included counts as much as another."""
+  grads = [jax.grad(loss)(params, part, None) for part in split(batch, k)]
+  return jax.tree.map(lambda *g: sum(g) / k, *grads)
+
+
+def distance(grads: Params, expected: Params) -> float:
+  """The length of the difference, relative to that of what is expected."""
+  a, b = ravel_pytree(grads)[0], ravel_pytree(expected)[0]
+  return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+def character_losses(
+  params: Params, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  mask = labels != PADDING
+  return optax.softmax_cross_entropy_with_integer_labels(
+    predict_all(params, labels), labels, where=mask
+  ), mask
+
+
+def mean_loss(
+  params: Params, labels: jax.Array, count: jax.Array | None
+) -> jax.Array:
+  losses, mask = character_losses(params, labels)
+  return reductions.masked_mean(losses, mask, denominator=count)
+
+
+def summed_loss(
+  params: Params, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  losses, mask = character_losses(params, labels)
+  return (
+    reductions.masked_sum(losses, mask),
+    reductions.masked_count(losses, mask),
+  )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description="Accumulates gradients.")
+  divisors = [k for k in range(1, ROWS + 1) if ROWS % k == 0]
+  parser.add_argument("--microbatches", type=int, default=8, choices=divisors)
+  k = parser.parse_args(argv).microbatches
+
+  sentences = find_sentences()
+  sentences = sorted(sentences, key=len)[:: len(sentences) // ROWS][:ROWS]
+  characters = END + "".join(sorted(set("".join(sentences))))
+  batch = pad([encode(text + END, characters) for text in sentences])
+  batch = batch.at[:3].set(PADDING)
+  params = init_params(jax.random.key(0), len(characters))
+  counts = np.sum(split(batch, k) != PADDING, (1, 2))
+  print(
+    f"{k} microbatches of {ROWS // k} sentences, with"
+    f" {', '.join(map(str, counts))} characters\n"
+  )
+  count = reductions.masked_count(batch, batch != PADDING)
+  expected = jax.jit(jax.grad(mean_loss))(params, batch, None)
+  given = (mean_loss, params, batch)
+  ways = (
+    ("lax.scan", partial(with_scan, *given, count, k)),
+    ("optax.microbatching", partial(with_microbatching, *given, count, k)),
+    ("optax.MultiSteps", partial(with_multi_steps, *given, count, k)),
+    ("count on the way", partial(with_sums, summed_loss, params, batch, k)),
+    ("mean of means", partial(with_mean_of_means, *given, k)),
+  )
+  errors = []
+  print("                       differs from the whole batch's gradient by")
+  for name, way in ways:
+    errors.append(distance(jax.jit(way)(), expected))
+    print(f"  {name:19}  {errors[-1]:.0e}", flush=True)
+  if max(errors[:-1]) > 1e-6:
+    sys.exit("error: the gradients do not add up.")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,577 @@
+"""Sums and means of what is included, next to those of what is left of it."""
+
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import microbatches
+import numpy as np
+import optax as upstream
+import padded_model
+from absl.testing import absltest, parameterized
+from cases import (
+  DTYPES,
+  NAMED,
+  assert_allclose,
+  assert_close,
+  assert_equal,
+  float_poisons,
+)
+
+import optax_masking as optax
+from optax_masking.reductions import (
+  RunningMean,
+  masked_count,
+  masked_mean,
+  masked_sum,
+)
+from optax_masking.testing import assert_mask_safe
+
+DTYPE = DTYPES[0]
+SHAPE = (2, 3, 4)
+
+
+def data(dtype=DTYPE):
+  """Values, a mask with an empty slice along each axis, and weights."""
+  rng = np.random.default_rng(0)
+  where = rng.random(SHAPE) < 0.6
+  where[0, 1], where[0, :, 2], where[:, 2, 3] = False, False, False
+  x, w = rng.normal(size=SHAPE), rng.uniform(0.5, 2, SHAPE)
+  return jnp.asarray(x, dtype), where, jnp.asarray(w, dtype)
+
+
+def reference(x, where, weights, axis):
+  """Sums, counts, means and the gradients of the means, slice by slice.
+
+  By their formulas, of the included elements alone, in float64.
+  """
+  x, weights = (np.asarray(a, "float64") for a in (x, weights))
+  axes = range(x.ndim) if axis is None else np.atleast_1d(axis).astype(int)
+  axes = [a % x.ndim for a in axes]
+  batch = [a for a in range(x.ndim) if a not in axes]
+  total, count, mean = (np.zeros([x.shape[a] for a in batch]) for _ in range(3))
+  of_x, of_weights = np.zeros(x.shape), np.zeros(x.shape)
+  positions = np.indices(x.shape)
+  for index in np.ndindex(*total.shape):
+    kept = where.copy()
+    for a, i in zip(batch, index, strict=True):
+      kept &= positions[a] == i
+    if kept.any():
+      v, w = x[kept], weights[kept]
+      total[index], count[index] = v @ w, w.sum()
+      mean[index] = v @ w / w.sum()
+      of_x[kept] = w / w.sum()
+      of_weights[kept] = (v - mean[index]) / w.sum()
+  return total, count, mean, of_x, of_weights
+
+
+class MaskTest(parameterized.TestCase):
+  """The contract."""
+
+  @parameterized.product(
+    axis=(None, 0, -1, (0, 2), (0, 1, 2), ()),
+    weighted=(False, True),
+    dtype=DTYPES,
+  )
+  def test_compaction(self, axis, weighted, dtype):
+    """What is masked, whatever it is, might as well not be there."""
+    x, where, weights = data(dtype)
+    if not weighted:
+      weights = jnp.ones_like(weights)
+    *values, of_x, of_weights = reference(x, where, weights, axis)
+    axes = axis if axis is None else tuple(np.atleast_1d(axis).astype(int))
+    empty = ~where.any(axes)
+
+    @jax.jit
+    def run(x, weights):
+      given = {"weights": weights} if weighted else {}
+
+      def mean(x, weights):
+        given = {"weights": weights} if weighted else {}
+        return jnp.sum(masked_mean(x, where, axis, **given))
+
+      return (
+        masked_sum(x, where, axis, **given),
+        masked_count(x, where, axis, **given),
+        masked_mean(x, where, axis, **given),
+      ), jax.grad(mean, (0, 1))(x, weights)
+
+    for poison in float_poisons(dtype):
+      got, gradients = run(*(jnp.where(where, a, poison) for a in (x, weights)))
+      for number, expected in zip(got, values, strict=True):
+        assert_close(number, expected, dtype)
+        assert_equal(np.asarray(number)[empty], 0)
+      assert_close(gradients[0], of_x, dtype)
+      if weighted:
+        assert_close(gradients[1], of_weights, dtype)
+      for gradient in gradients:
+        assert_equal(np.asarray(gradient)[~where], 0)
+
+  @parameterized.parameters(masked_sum, masked_mean)
+  def test_guard(self, function):
+    """Invariance, zero gradients, Hessians and clean arithmetic, for anyone."""
+    x, where, weights = data()
+    for axis in (None, -1, (0, 1)):
+      reduced = functools.partial(function, axis=axis)
+      assert_mask_safe(reduced, x[0], where=where[0])
+
+      def weighted(values, weights, where, reduced=reduced):
+        return reduced(values, where, weights=weights)
+
+      assert_mask_safe(weighted, x[0], abs(weights[0]), where=where[0])
+
+  def test_debug_nans(self):
+    """Nothing left, and with weights of 0."""
+    x, where, weights = data()
+    with jax.debug_nans(True), jax.debug_infs(True):
+      for w in (None, weights, 0 * weights):
+        for mask in (where, where & False):
+          total = functools.partial(masked_mean, where=mask, weights=w)
+          assert_equal(jnp.isfinite(jax.grad(total)(x)), True)
+
+  def test_second_derivatives(self):
+    """With respect to weights: -(x_i + x_j - 2 m) / W^2."""
+    x, where, weights = data()
+    m = masked_mean(x, where, weights=weights)
+    w = masked_count(x, where, weights=weights)
+    both = where.ravel()[:, None] & where.ravel()
+    expected = -(x.ravel()[:, None] + x.ravel() - 2 * m) / w**2 * both
+    for hessian in (
+      lambda f: jax.jacfwd(jax.grad(f)),
+      lambda f: jax.jacrev(jax.grad(f)),
+    ):
+      got = hessian(
+        lambda w: masked_mean(
+          jnp.where(where, x, jnp.nan), where, weights=w.reshape(SHAPE)
+        )
+      )(weights.ravel())
+      assert_close(got, expected, DTYPE)
+      assert_equal(np.asarray(got)[~both], 0)
+
+  @parameterized.product(dtype=DTYPES, axis=(None, 1, (0, -1)))
+  def test_without_mask(self, dtype, axis):
+    x, _, _ = data(dtype)
+    for where in (None, True, np.ones(SHAPE, bool)):
+      assert_close(masked_sum(x, where, axis), jnp.sum(x, axis), dtype)
+      assert_close(masked_mean(x, where, axis), jnp.mean(x, axis), dtype)
+      self.assertEqual(masked_mean(x, where, axis).dtype, dtype)
+      got = masked_count(x, where, axis)
+      assert_equal(got, x.size // jnp.sum(x, axis).size)
+
+  @parameterized.parameters((0,), (3, 0), (0, 3))
+  def test_no_elements(self, *shape):
+    x = jnp.zeros(shape)
+    for where in (None, np.zeros(shape, bool)):
+      for axis in (None, 0, -1):
+        expected = jnp.zeros_like(jnp.sum(x, axis))
+        for function in (masked_sum, masked_count, masked_mean):
+          assert_equal(function(x, where, axis), expected)
+      assert_equal(jax.grad(masked_mean)(x, where), x)
+
+  def test_row_masks(self):
+    """Size 1, or no axis, where the mask is the same along the data."""
+    x, where, weights = data()
+    rows, row_weights = where[..., :1], weights[..., :1]
+    full = np.broadcast_to(rows, SHAPE)
+    for function in (masked_sum, masked_count, masked_mean):
+      for axis in (None, -1, (1, 2)):
+        expected = function(
+          x, full, axis, weights=jnp.broadcast_to(row_weights, SHAPE)
+        )
+        got = function(x, rows, axis, weights=row_weights)
+        assert_close(got, expected, DTYPE)
+      got = function(x, rows[..., 0], -1, weights=row_weights[..., 0])
+      expected = function(x, full, -1, weights=row_weights)
+      assert_close(got, expected, DTYPE)
+
+  def test_honesty(self):
+    """NaN that is included comes out, by a weight of 0 too."""
+    x, where, weights = data()
+    x = x.at[1, 0, 0].set(jnp.nan)
+    where[1, 0, 0] = True
+    for function in (masked_sum, masked_mean):
+      for w in (None, weights, weights.at[1, 0, 0].set(0), 0 * weights):
+        got = function(x, where, (1, 2), weights=w)
+        np.testing.assert_array_equal(jnp.isnan(got), [False, True])
+    weights = weights.at[1, 0, 0].set(jnp.nan)
+    got = masked_mean(jnp.zeros(SHAPE), where, (1, 2), weights=weights)
+    np.testing.assert_array_equal(jnp.isnan(got), [False, True])
+
+  @parameterized.named_parameters(NAMED)
+  def test_of_losses(self, case):
+    """The mean of the losses of rows, of which some are garbage."""
+    arguments = case.arguments(DTYPE)
+    where = np.ones(case.shape, bool)
+    where[1::2] = False
+    rows = where.any(tuple(range(1, where.ndim)))
+    count = len(case.floating())
+
+    def mean(*floats):
+      loss = case.loss(*floats, *arguments[count:], where=where)
+      mask = where if loss.shape == where.shape else rows
+      return masked_mean(loss, mask if loss.ndim else True)
+
+    def mean_of_kept(*floats):
+      if case.whole:  # Of which rows can't be taken out one by one.
+        loss = case.loss(*floats, *arguments[count:], where=where)
+        return loss[rows].mean() if loss.ndim else loss
+      return case.original(
+        *(x[rows] for x in (*floats, *arguments[count:]))
+      ).mean()
+
+    garbage = [jnp.where(where, x, jnp.nan) for x in arguments[:count]]
+    for run in (lambda f: f, lambda f: jax.grad(f, range(count))):
+      expected = run(mean_of_kept)(*arguments[:count])
+      got = run(mean)(*garbage)
+      jax.tree.map(lambda a, b: assert_close(a, b, DTYPE), got, expected)
+
+
+class DtypesTest(parameterized.TestCase):
+  @parameterized.parameters("bfloat16", "float16")
+  def test_half_precision(self, dtype):
+    """A count of ones in 16 bits ends at 256, or 2,048."""
+    ones = jnp.ones(4096, dtype)
+    self.assertEqual(masked_sum(ones, True).dtype, dtype)
+    assert_equal(masked_sum(ones, True), 4096)
+    assert_equal(masked_count(ones, True, weights=ones), 4096)
+    assert_equal(masked_mean(ones, True, weights=ones), 1)
+    large = jnp.full(4096, 3e4, dtype)  # The sum is beyond float16.
+    assert_equal(masked_mean(large, np.arange(4096) > 9), large[0])
+    assert_equal(jax.grad(masked_mean)(ones, True), 1 / 4096)
+
+  def test_dtypes(self):
+    floating = jnp.asarray(1.0).dtype
+    integer = jnp.asarray(1).dtype
+    for values, total, mean in (
+      (jnp.array([True, False, True]), integer, floating),
+      (jnp.array([100, 100, 1], "int8"), integer, floating),
+      (jnp.array([1.0, 2, 3], "bfloat16"), "bfloat16", "bfloat16"),
+      ([1.0, 2.0, 3.0], floating, floating),
+    ):
+      where = [True, True, False]
+      expected = np.asarray(values, "float64")[:2]
+      for function, dtype, number in (
+        (masked_sum, total, expected.sum()),
+        (masked_mean, mean, expected.mean()),
+        (masked_count, integer, 2),
+      ):
+        if function is masked_count and isinstance(values, list):
+          values = jnp.array(values)
+        got = function(values, where)
+        self.assertEqual(got.dtype, dtype)
+        assert_equal(got, number)
+    with jax.numpy_dtype_promotion("strict"):
+      x = jnp.ones(3, "bfloat16")
+      got = masked_mean(x, weights=jnp.ones(3), denominator=jnp.array(2))
+      self.assertEqual(got.dtype, "bfloat16")
+      assert_equal(got, 1.5)
+      self.assertEqual(
+        masked_sum(jnp.arange(3), weights=jnp.full(3, 0.5)).dtype, floating
+      )
+
+
+class DenominatorTest(parameterized.TestCase):
+  def test_given(self):
+    x, where, weights = data()
+    expected = reference(x, where, weights, (1, 2))[0]
+    for denominator in (7, 7.0, jnp.array([7.0, 7.0]), np.array([7], "int8")):
+      got = masked_mean(
+        x, where, (1, 2), weights=weights, denominator=denominator
+      )
+      assert_close(got, expected / 7, DTYPE)
+
+  def test_zero(self):
+    """0 / 0 is 0, with a gradient of 0; 1 / 0 is not."""
+    x = jnp.ones(2)
+    for where, expected in ((False, 0), (True, np.inf)):
+      got = masked_mean(x, where, denominator=0)
+      np.testing.assert_array_equal(got, expected)
+    slope = jax.grad(masked_mean)(x, False, denominator=0)
+    assert_equal(slope, 0)
+    zeros = jnp.zeros(2)
+    for slope in jax.grad(lambda x, w: masked_mean(x, weights=w), (0, 1))(
+      zeros, zeros
+    ):
+      assert_equal(slope, 0)
+
+  def test_derivative(self):
+    """Of s / d: -s / d^2."""
+    got = jax.grad(lambda d: masked_mean(jnp.ones(3), denominator=d))(2.0)
+    assert_equal(got, -3 / 4)
+
+
+class ErrorsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (TypeError, "`where` must be boolean", {"where": np.ones(SHAPE)}),
+    (
+      TypeError,
+      "`weights` must be floating .* dtype bool. Pass a mask as `where`",
+      {"weights": np.ones(SHAPE, bool)},
+    ),
+    (
+      ValueError,
+      r"`weights` has shape \(2,\), .*weights\[..., None, None\]",
+      {"weights": np.ones(2)},
+    ),
+    (ValueError, "not be negative, but -1", {"weights": -1}),
+    (ValueError, "out of range", {"axis": 3}),
+    (ValueError, "repeated", {"axis": (0, -3)}),
+    (ValueError, r"where\[..., None, None\]", {"where": np.ones(2, bool)}),
+    (TypeError, "axis.*int", {"axis": "rows"}),
+  )
+  def test_arguments(self, error, message, given):
+    x, _, _ = data()
+    for function in (masked_sum, masked_count, masked_mean):
+      with self.assertRaisesRegex(error, message):
+        function(x, **given)
+
+  def test_ambiguous(self):
+    """One entry a row, and an entry a column as NumPy has it."""
+    for given in ({"where": np.ones(3, bool)}, {"weights": np.ones(3)}):
+      with self.assertRaisesRegex(ValueError, "fits data .* in two ways"):
+        masked_mean(jnp.ones((3, 3)), axis=-1, **given)
+
+  def test_masked_weights(self):
+    """What is masked is not looked at; nor is what is traced."""
+    x = jnp.ones(2)
+    weights = jnp.array([-1.0, 2.0])
+    where = np.array([False, True])
+    assert_equal(masked_mean(x, where, weights=weights), 1)
+    got = jax.jit(lambda w: masked_sum(x, weights=w))(weights)
+    assert_equal(got, 1)
+
+  def test_count_of_a_mask(self):
+    with self.assertRaisesRegex(TypeError, r"masked_count\(mask, mask\)"):
+      masked_count(np.array([True, False]))
+    assert_equal(masked_count(np.array([True, False]), where=True), 2)
+
+  def test_denominator(self):
+    with self.assertRaisesRegex(ValueError, r"shape \(3,\), .* to \(2,\)"):
+      masked_mean(jnp.ones((2, 3)), axis=1, denominator=jnp.ones(3))
+    with self.assertRaisesRegex(TypeError, "`denominator` .* bool"):
+      masked_mean(jnp.ones((2, 3)), denominator=True)
+
+
+class MappedAxisTest(parameterized.TestCase):
+  """By `vmap`; devices are in `eight_devices.py`."""
+
+  def setUp(self):
+    super().setUp()
+    self.x, where, self.weights = (a.reshape(6, 4) for a in data())
+    self.where = where
+    self.assertIn(0, where.sum(1))
+
+  @parameterized.parameters(True, False)
+  def test_whole(self, weighted):
+    """Each row gets the sum, the count and the mean of all."""
+    weights = self.weights if weighted else None
+    for function in (masked_sum, masked_count, masked_mean):
+      got = jax.vmap(
+        lambda x, w, weights, function=function: function(
+          x, w, weights=weights, axis_name="rows"
+        ),
+        axis_name="rows",
+      )(self.x, self.where, weights)
+      expected = function(self.x, self.where, weights=weights)
+      assert_close(got, jnp.full(6, expected), DTYPE)
+
+  def test_two_axes(self):
+    x, where, _ = data()
+    run = functools.partial(masked_mean, axis_name=("a", "b"))
+    got = jax.vmap(jax.vmap(run, axis_name="a"), axis_name="b")(x, where)
+    assert_close(got, jnp.full((2, 3), masked_mean(x, where)), DTYPE)
+
+  def test_derivatives(self):
+    """From outside, in forward mode, and averaged inside."""
+    x, where = self.x, self.where
+
+    def loss(scale, x, where, axis_name=None):
+      values = jnp.where(where, jnp.sin(scale * x), jnp.nan)
+      return masked_mean(
+        values, where, weights=jnp.exp(scale) + 0 * where, axis_name=axis_name
+      )
+
+    mapped = functools.partial(loss, axis_name="rows")
+    over_rows = functools.partial(
+      jax.vmap, in_axes=(None, 0, 0), axis_name="rows"
+    )
+    expected = jax.grad(loss)(0.7, x, where)
+    second = jax.hessian(loss)(0.7, x, where)
+
+    def averaged(scale, x, where):
+      return jax.lax.pmean(jax.grad(mapped)(scale, x, where), "rows")
+
+    def forward(scale, x, where):
+      return jax.jvp(lambda s: mapped(s, x, where), (scale,), (1.0,))[1]
+
+    for inside in (averaged, forward):
+      got = over_rows(inside)(0.7, x, where)
+      assert_close(got, jnp.full(6, expected), DTYPE)
+      got = jax.jacfwd(over_rows(inside))(0.7, x, where)
+      assert_close(got, jnp.full(6, second), DTYPE, roundings=64)
+    for take in (lambda out: out[3], jnp.mean):
+      outside = lambda s, take=take: take(over_rows(mapped)(s, x, where))  # noqa: E731
+      assert_close(jax.grad(outside)(0.7), expected, DTYPE)
+      assert_close(jax.jacfwd(outside)(0.7), expected, DTYPE)
+
+  def test_denominator(self):
+    """Each gives its part of what to divide by."""
+    got = jax.vmap(
+      lambda x, w: masked_mean(x, w, denominator=len(x), axis_name="rows"),
+      axis_name="rows",
+    )(self.x, self.where)
+    expected = masked_sum(self.x, self.where) / self.x.size
+    assert_close(got, jnp.full(6, expected), DTYPE)
+
+
+class MicrobatchesTest(parameterized.TestCase):
+  """The ways of the example, for a small model."""
+
+  @parameterized.parameters(1, 3, 8)
+  def test_gradients(self, k):
+    params, batch = padded_model.data(24, DTYPE)
+
+    def summed(params, batch):
+      terms = padded_model.losses(params, batch)
+      return masked_sum(*terms), masked_count(*terms)
+
+    loss = padded_model.mean_loss
+    expected = jax.grad(loss)(params, batch)
+    self.assertGreater(jnp.linalg.norm(expected), 0.1)
+    count = masked_count(*padded_model.losses(params, batch))
+    given = (loss, params, batch)
+    for got in (
+      microbatches.with_scan(*given, count, k),
+      microbatches.with_microbatching(*given, count, k),
+      microbatches.with_multi_steps(*given, count, k),
+      microbatches.with_sums(summed, params, batch, k),
+    ):
+      self.assertLess(microbatches.distance(got, expected), 1e-6)
+    wrong = microbatches.with_mean_of_means(*given, k)
+    if k > 1:
+      self.assertGreater(microbatches.distance(wrong, expected), 0.05)
+
+  def test_nothing_included(self):
+    """In no microbatch."""
+
+    def loss(params, batch, count):
+      return masked_mean(params + batch, False, denominator=count)
+
+    batch = jnp.full((8, 2), jnp.nan)
+    params = jnp.ones(())
+    count = masked_count(batch, False)
+    got = microbatches.with_scan(loss, params, batch, count, 4)
+    assert_equal(got, 0)
+
+
+class RunningMeanTest(parameterized.TestCase):
+  def test_steps(self):
+    """Of uneven steps, one of which is empty: the mean of all."""
+    x, where, weights = (a.reshape(6, 4) for a in data())
+    garbage = jnp.where(where, x, jnp.nan)
+    expected = reference(x, where, weights, None)[2]
+    parts = [
+      RunningMean.empty().update(*row[:2], weights=row[2])
+      for row in zip(garbage, where, weights, strict=True)
+    ]
+
+    def step(state, row):
+      return state.update(row[0], row[1], weights=row[2]), state.mean()
+
+    scanned, means = jax.lax.scan(
+      step, RunningMean.empty(), (garbage, where, weights)
+    )
+    assert_equal(means[0], 0)
+    empty = RunningMean.empty()
+    left = functools.reduce(RunningMean.merge, parts, empty)
+    right = functools.reduce(lambda a, b: b.merge(a), parts[::-1], empty)
+    for state in (scanned, left, right, sum(parts, empty)):
+      assert_close(state.mean(), expected, "float32")
+    mapped = jax.vmap(
+      lambda *row: jax.lax.psum(empty.update(*row[:2], weights=row[2]), "rows"),
+      axis_name="rows",
+    )(garbage, where, weights)
+    assert_close(mapped.mean(), np.full(6, expected), "float32")
+    mapped = jax.vmap(
+      lambda *row: empty.update(
+        *row[:2], weights=row[2], axis_name="rows"
+      ).mean(),
+      axis_name="rows",
+    )(garbage, where, weights)
+    assert_close(mapped, np.full(6, expected), "float32")
+
+  def test_of_columns(self):
+    x, where, _ = data()
+    ones = np.ones(SHAPE)
+    expected = reference(x, where, ones, (0, 1))[2]
+    state = RunningMean.empty((4,))
+    for row, mask in zip(x, where, strict=True):
+      state = state.update(row, mask, axis=0)
+    assert_close(state.mean(), expected, "float32")
+    with self.assertRaisesRegex(ValueError, r"RunningMean.empty\(\(3,\)\)"):
+      state.update(x[0], axis=1)
+
+  def test_large_counts(self):
+    """Billions, one by one: beyond 2^24 float32 has no odd numbers."""
+
+    @jax.jit
+    def many(state):
+      return jax.lax.fori_loop(
+        0, 1000, lambda _, state: state.update(jnp.full(3, 0.1)), state
+      )
+
+    for before in (2.0**24, 2.0**31):
+      state = RunningMean.empty()._replace(denominator=jnp.float32(before))
+      state = many(state)
+      count = float(state.denominator) + float(state.denominator_rest)
+      self.assertEqual(count, before + 3000)
+    state = RunningMean.empty()._replace(numerator=jnp.float32(2**24))
+    state = many(state)
+    total = float(state.numerator) + float(state.numerator_rest)
+    step = float(jnp.sum(jnp.full(3, 0.1)))
+    assert_allclose(total - 2**24, 1000 * step, rtol=1e-5)
+
+  def test_denominator(self):
+    state = RunningMean.empty()
+    for _ in range(2):
+      state = state.update(jnp.array([1.0, 2.0]), denominator=1)
+    assert_equal(state.mean(), 3)
+
+  def test_checkpoint(self):
+    """A tree of arrays, made anew from what was written down."""
+    state = RunningMean.empty().update(jnp.arange(3), [True, False, True])
+    leaves, structure = jax.tree.flatten(state)
+    self.assertLen(leaves, 4)
+    for copy in (
+      jax.tree.unflatten(structure, [np.asarray(x) for x in leaves]),
+      pickle.loads(pickle.dumps(state)),
+    ):
+      self.assertIsInstance(copy, RunningMean)
+      assert_equal(copy.update(jnp.array([4.0])).mean(), 2)
+
+  def test_what_comes_out(self):
+    """NaN that was included stays, and infinity is not made NaN of."""
+    state = RunningMean.empty().update(jnp.array([jnp.inf, 1.0]))
+    self.assertEqual(state.update(jnp.array([1.0])).mean(), np.inf)
+    state = state.update(jnp.array([jnp.nan]))
+    self.assertTrue(jnp.isnan(state.mean()))
+
+  def test_dtypes(self):
+    state = RunningMean.empty()
+    for x in (jnp.array([True, False]), jnp.ones(2, "bfloat16")):
+      state = state.update(x)
+      self.assertEqual({leaf.dtype for leaf in state}, {jnp.dtype("float32")})
+    assert_equal(state.mean(), 0.75)
+    with self.assertRaisesRegex(TypeError, "float32 or float64, not bfloat16"):
+      RunningMean.empty(dtype="bfloat16")
+
+
+class OptaxTest(absltest.TestCase):
+  def test_names(self):
+    self.assertFalse(hasattr(upstream, "reductions"))
+    self.assertIs(optax.reductions.masked_mean, masked_mean)
+
+
+if __name__ == "__main__":
+  absltest.main()
