@@ -1,9 +1,11 @@
-"""Two devices instead of one, and what is left out of the quick subset."""
+"""More devices than one, and what is left out of the quick subset."""
+
+import os
 
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("DEVICES", "2")))
 # Programs of two devices that wait for each other may wait for ever, if others
 # have the threads that they need.
 jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -34,6 +34,7 @@ def run_examples(text, name):
   assert runner.failures == 0
 
 
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX is too old.")
 def test_readme():
   """Every block of Python runs, in order, and prints what it says."""
   blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -95,12 +96,21 @@ def test_readme_links():
 
 
 @pytest.mark.parametrize(
-  "name", [*MASKED, "masked_inputs", "assert_mask_safe", "check_mask_safe"]
+  "name",
+  [
+    *MASKED,
+    "masked_inputs",
+    "assert_mask_safe",
+    "check_mask_safe",
+    "masked_sum",
+    "masked_count",
+    "masked_mean",
+  ],
 )
 @pytest.mark.filterwarnings("ignore:The function convex_kl_divergence")
 def test_docstring(name):
   """It has the sections of Optax's format, and its example runs."""
-  homes = (optax.losses, optax, optax_masking.testing)
+  homes = (optax.losses, optax, optax_masking.testing, optax.reductions)
   function = next(getattr(h, name) for h in homes if name in vars(h))
   doc = inspect.getdoc(function)
   for section in ("Args:", "Returns:", "Examples:"):
@@ -110,3 +120,7 @@ def test_docstring(name):
   )
   assert documented == list(inspect.signature(function).parameters)
   run_examples(doc, name)
+
+
+def test_docstring_of_running_mean():
+  run_examples(inspect.getdoc(optax.reductions.RunningMean), "RunningMean")

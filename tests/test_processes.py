@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 TESTS = pathlib.Path(__file__).parent
@@ -39,7 +40,13 @@ def test_float64():
     *("-k", "float64 or with_jit or test_derivatives"),
     JAX_ENABLE_X64="1",
   )
-  run_pytest("test_losses.py", JAX_ENABLE_X64="1")
+  run_pytest("test_losses.py", "test_reductions.py", JAX_ENABLE_X64="1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="JAX is too old.")
+def test_eight_devices():
+  run_pytest("eight_devices.py", DEVICES="8")
 
 
 @pytest.mark.slow

@@ -31,11 +31,14 @@ def _mesh() -> Mesh:
   return Mesh(np.array(jax.devices()), ("batch",))
 
 
+if hasattr(jax, "shard_map"):
+  shard_map = jax.shard_map
+else:  # Where it was before JAX 0.6.
+  from jax.experimental.shard_map import shard_map
+
+
 def _shard_map(loss: Callable) -> Callable:
   batch = PartitionSpec("batch")
-  shard_map = getattr(jax, "shard_map", None)
-  if shard_map is None:  # Where it was before JAX 0.6.
-    from jax.experimental.shard_map import shard_map
   return jax.jit(shard_map(loss, mesh=_mesh(), in_specs=batch, out_specs=batch))
 
 

@@ -1,0 +1,291 @@
+"""Losses and reductions on up to eight devices.
+
+Run by `test_processes.py` in a process of their own, since JAX has to start
+with so many:
+
+    DEVICES=8 python -m pytest tests/eight_devices.py
+"""
+
+import contextlib
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import microbatches
+import numpy as np
+import padded_model
+from absl.testing import absltest, parameterized
+from cases import NAMED, assert_close, masks, row_masks
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from test_transforms import shard_map
+
+from optax_masking.reductions import masked_count, masked_mean
+
+EXAMPLES = 32
+CLASSES = 24
+
+
+def data(case):
+  """Arguments with sizes that eight devices can divide, and two masks."""
+  shape = (EXAMPLES, *case.shape[1:-1], CLASSES)
+  wheres = masks(shape)["random"], row_masks(shape)["some rows masked"]
+  return case.arguments("float32", shape), [jnp.asarray(w) for w in wheres]
+
+
+def losses_and_gradients(loss, case):
+  """A function of arguments and masks: one program for all masks."""
+  count = len(case.floating())
+
+  def with_mask(arguments, where):
+    def total(*floats):
+      losses = loss(*floats, *arguments[count:], where)
+      return jnp.sum(losses), losses
+
+    return jax.grad(total, range(count), has_aux=True)(*arguments[:count])
+
+  return lambda arguments, wheres: [with_mask(arguments, w) for w in wheres]
+
+
+def masked(case):
+  run = losses_and_gradients(lambda *x: case.loss(*x[:-1], where=x[-1]), case)
+  return jax.jit(run)
+
+
+def unmasked(case):
+  """Optax's own."""
+  run = losses_and_gradients(lambda *x: case.original(*x[:-1]), case)
+  return jax.jit(lambda arguments, wheres: run(arguments, [None]))
+
+
+@functools.cache
+def on_one_device(case):
+  return masked(case)(*data(case))
+
+
+def largest_collective(program):
+  """Elements of the largest array that the devices exchange."""
+  collectives = re.findall(
+    r"= (.+?) (?:all-|collective-|reduce-scatter|ragged-)\S+\(",
+    program.as_text(),
+  )
+  shapes = re.findall(r"\w\[([\d,]*)\]", " ".join(collectives))
+  sizes = [math.prod(int(s) for s in x.split(",") if s) for x in shapes]
+  return max(sizes, default=0)
+
+
+class LossesTest(parameterized.TestCase):
+  @parameterized.product(
+    name_and_case=NAMED, explicit=(False, True), axis=(0, -1)
+  )
+  def test_sharded(self, name_and_case, explicit, axis):
+    """The same numbers, and no more is exchanged than a number an example.
+
+    Or no more than by Optax without a mask: the Dice losses have sums for each
+    class or pixel, `ntxent` compares all with all, others sort or scan.
+    """
+    _, case = name_and_case
+    if axis == -1 and case.elementwise:
+      self.skipTest("It has no axis of classes.")
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    if explicit:
+      mesh = jax.make_mesh(
+        (8,), ("devices",), (jax.sharding.AxisType.Explicit,)
+      )
+
+    def put(x):
+      spec = [None] * x.ndim
+      if axis == 0 or (x.ndim > 1 and x.shape[-1] == CLASSES):
+        spec[axis] = "devices"
+      return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+    given = jax.tree.map(put, data(case))
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+      try:
+        program = masked(case).lower(*given).compile()
+      except Exception as e:
+        with self.assertRaises(type(e)):
+          unmasked(case).lower(*given)
+        self.assertTrue(explicit)
+        self.skipTest(f"nor does Optax's loss: {e}")
+      got = program(*given)
+      largest = largest_collective(program)
+      if axis == -1:  # It sums over classes, or counts them.
+        self.assertGreater(largest, 0)
+      if largest > EXAMPLES:
+        program = unmasked(case).lower(*given).compile()
+        self.assertLessEqual(largest, largest_collective(program))
+    self.check(got, on_one_device(case))
+
+  @parameterized.named_parameters(NAMED)
+  def test_shard_map(self, case):
+    """Each device has the losses of its examples, and asks no other."""
+    parts = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), data(case))
+    expected = jax.vmap(masked(case))(*parts)
+
+    def lower(run, **options):
+      def on_device(*parts):
+        got = run(*jax.tree.map(lambda x: x[0], parts))
+        return jax.tree.map(lambda x: x[None], got)
+
+      mesh = Mesh(np.array(jax.devices()), ("devices",))
+      specs = {"in_specs": P("devices"), "out_specs": P("devices")}
+      mapped = shard_map(on_device, mesh=mesh, **specs, **options)
+      return jax.jit(mapped).lower(*parts)
+
+    try:
+      program = lower(masked(case)).compile()
+    except TypeError:
+      # Optax begins a scan with what is the same on all devices.
+      with self.assertRaisesRegex(TypeError, "scan body function carry"):
+        lower(unmasked(case))
+      program = lower(masked(case), check_vma=False).compile()
+    self.assertEqual(largest_collective(program), 0)
+    self.check(program(*parts), expected)
+
+  def check(self, got, expected):
+    jax.tree.map(
+      lambda a, b: assert_close(a, b, "float32", roundings=64), got, expected
+    )
+
+
+def pmean(function):
+  """Averages a gradient over the devices."""
+  return lambda *x: jax.lax.pmean(function(*x), "devices")
+
+
+class MeansTest(parameterized.TestCase):
+  """Rows of which most devices have few and some have none."""
+
+  def setUp(self):
+    super().setUp()
+    self.params, self.batch = padded_model.data(192, "float32")
+    self.loss = functools.partial(padded_model.mean_loss, axis_name="devices")
+    whole = padded_model.mean_loss
+    self.value, self.gradient = jax.value_and_grad(whole)(
+      self.params, self.batch
+    )
+    self.slope = jnp.vdot(self.gradient, self.params)
+
+  def check(self, got, expected):
+    self.assertLess(microbatches.distance(got, expected), 1e-6)
+
+  def mesh(self, count):
+    mesh = Mesh(np.array(jax.devices()[:count]), ("devices",))
+    mask = padded_model.losses(self.params, self.batch)[1]
+    counts = mask.reshape(count, -1).sum(1)
+    if count > 2:
+      self.assertEqual(counts[0], 0)
+    if count > 1:
+      self.assertGreater(counts[-1], 2 * counts[0])
+    return mesh
+
+  @parameterized.parameters(1, 2, 4, 8)
+  def test_sharded(self, count):
+    """Nothing is to be done for sharded arrays."""
+    batch = jax.device_put(
+      self.batch, NamedSharding(self.mesh(count), P("devices"))
+    )
+    value, gradient = jax.jit(jax.value_and_grad(padded_model.mean_loss))(
+      self.params, batch
+    )
+    self.check(value, self.value)
+    self.check(gradient, self.gradient)
+
+  @parameterized.product(count=(1, 2, 4, 8), check_vma=(True, False))
+  def test_shard_map(self, count, check_vma):
+    mesh = self.mesh(count)
+
+    def mapped(function):
+      return jax.jit(
+        shard_map(
+          function,
+          mesh=mesh,
+          in_specs=(P(), P("devices")),
+          out_specs=P(),
+          check_vma=check_vma,
+        )
+      )
+
+    given = self.params, self.batch
+    self.check(mapped(self.loss)(*given), self.value)
+    inside = jax.grad(self.loss)
+    self.check(mapped(pmean(inside))(*given), self.gradient)
+    if check_vma:
+      self.check(mapped(inside)(*given), self.gradient)
+    outside = jax.grad(mapped(self.loss))
+    self.check(outside(*given), self.gradient)
+
+    def forward(params, batch):
+      loss = functools.partial(self.loss, batch=batch)
+      return jax.jvp(loss, (params,), (params,))[1]
+
+    self.check(mapped(forward)(*given), self.slope)
+
+  @parameterized.parameters(1, 2, 4, 8)
+  def test_pmap(self, count):
+    parts = self.batch.reshape(count, -1, *self.batch.shape[1:])
+    mapped = functools.partial(
+      jax.pmap,
+      axis_name="devices",
+      in_axes=(None, 0),
+      devices=jax.devices()[:count],
+    )
+    for function, expected in (
+      (self.loss, self.value),
+      (pmean(jax.grad(self.loss)), self.gradient),
+    ):
+      for got in mapped(function)(self.params, parts):
+        self.check(got, expected)
+    outside = jax.grad(lambda params: mapped(self.loss)(params, parts)[0])
+    self.check(outside(self.params), self.gradient)
+
+  @parameterized.product(count=(1, 2, 4, 8), k=(1, 3, 8))
+  def test_microbatches(self, count, k):
+    """On each device, with its own count of all of its microbatches."""
+
+    def accumulated(params, batch):
+      own = masked_count(*padded_model.losses(params, batch))
+      return microbatches.with_scan(self.loss, params, batch, own, k)
+
+    def mean_of_means(params, batch):
+      loss = padded_model.mean_loss
+      return pmean(microbatches.with_mean_of_means)(loss, params, batch, k)
+
+    right, wrong = (
+      jax.jit(
+        shard_map(
+          function,
+          mesh=self.mesh(count),
+          in_specs=(P(), P("devices")),
+          out_specs=P(),
+        )
+      )(self.params, self.batch)
+      for function in (accumulated, mean_of_means)
+    )
+    self.check(right, self.gradient)
+    if count * k > 1:
+      self.assertGreater(microbatches.distance(wrong, self.gradient), 0.05)
+
+  def test_nothing_included(self):
+    """On no device."""
+    mesh = self.mesh(8)
+    x = jnp.full((8, 2), jnp.nan)
+
+    def mean(x):
+      return masked_mean(x, False, axis_name="devices")
+
+    run = shard_map(
+      jax.value_and_grad(mean),
+      mesh=mesh,
+      in_specs=P("devices"),
+      out_specs=(P(), P("devices")),
+    )
+    value, gradient = jax.jit(run)(x)
+    self.assertEqual(value, 0)
+    np.testing.assert_array_equal(gradient, jnp.zeros_like(x))
+
+
+if __name__ == "__main__":
+  absltest.main()
