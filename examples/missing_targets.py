@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import optax_masking as optax
+from optax_masking import reductions
 
 CSV = pathlib.Path(__file__).parent / "data" / "mauna_loa_co2.csv"
 TREND = 4  # Coefficients of the trend, a cubic; the others are of the season.
@@ -52,8 +53,8 @@ def predict(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 def masked_loss(weights: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
   measured = ~jnp.isnan(y)
-  loss = optax.squared_error(predict(weights, x), y, axis=0, where=measured)
-  return loss / measured.sum()
+  losses = optax.squared_error(predict(weights, x), y, where=measured)
+  return reductions.masked_mean(losses, measured)
 
 
 def late_loss(weights: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ import optax as plain_optax
 from jax.flatten_util import ravel_pytree
 
 import optax_masking as optax
+from optax_masking import reductions
 
 CONTEXT = 8  # The model sees so many characters before the one it predicts.
 LONGEST = 120  # Characters in a sentence.
@@ -91,7 +92,7 @@ def masked_loss(params: Params, labels: jax.Array) -> jax.Array:
   losses = optax.softmax_cross_entropy_with_integer_labels(
     predict_all(params, labels), labels, where=mask
   )
-  return losses.sum() / mask.sum()
+  return reductions.masked_mean(losses, mask)
 
 
 def multiplied_loss(params: Params, labels: jax.Array) -> jax.Array:

@@ -1,0 +1,229 @@
+"""Trains on two hosts, one of which has far less text than the other.
+
+Two processes on this machine stand for two hosts with four devices each. The
+first has long sentences. The second has short ones, so that most of its batch
+is padding, and runs out of them before the end: from then on all of its batch
+is. In the padding every logit is NaN.
+
+You will see the loss of each step next to that of one process with the whole
+batch, how far the gradients are apart, and how far off the mean of the means of
+the devices would have been. Should one of the hosts die, the other is stopped;
+`--die-at 3` shows that.
+
+    python examples/multi_host.py
+"""
+
+import argparse
+import os
+import pathlib
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from padded_text import (
+  END,
+  LONGEST,
+  PADDING,
+  Params,
+  encode,
+  find_sentences,
+  init_params,
+  pad,
+  predict_all,
+)
+
+import optax_masking as optax
+from optax_masking import reductions
+
+HOSTS = 2
+DEVICES = 4  # Of each host.
+ROWS = 16  # Sentences in the batch of a host.
+SHORT = 56  # Sentences of the second host, for three steps and a half.
+SECONDS = 300  # After which the hosts are stopped.
+RESULT = "seen.pickle"
+
+
+def find_batches(steps: int) -> tuple[np.ndarray, int]:
+  """Labels, of shape (HOSTS, steps, ROWS, ...), and how many characters.
+
+  Each host would read its own. Here all of them read all, to keep it short.
+  """
+  sentences = sorted(find_sentences(), key=len)
+  characters = END + "".join(sorted(set("".join(sentences))))
+  batches = np.full((HOSTS, steps * ROWS, LONGEST + 1), PADDING)
+  for host, texts in enumerate((sentences[-steps * ROWS :], sentences[:SHORT])):
+    labels = pad([encode(text + END, characters) for text in texts])
+    batches[host, : len(labels)] = labels[: steps * ROWS]
+  return batches.reshape(HOSTS, steps, ROWS, -1), len(characters)
+
+
+def loss(
+  params: Params, labels: jax.Array, axis_name: str | None = None
+) -> jax.Array:
+  """The mean over all characters: of all devices, if they have a name."""
+  mask = labels != PADDING
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    predict_all(params, labels), labels, where=mask
+  )
+  return reductions.masked_mean(losses, mask, axis_name=axis_name)
+
+
+def mean_of_means(params: Params, labels: jax.Array) -> jax.Array:
+  """What goes wrong: a device with few characters counts as much as another."""
+  return jax.lax.pmean(loss(params, labels), "data")
+
+
+def on_devices(function: Callable, mesh: Mesh) -> Callable:
+  """Compiles a loss and its gradient, of labels of which each has its part."""
+  return jax.jit(
+    jax.shard_map(
+      jax.value_and_grad(function),
+      mesh=mesh,
+      in_specs=(PartitionSpec(), PartitionSpec("data")),
+      out_specs=PartitionSpec(),
+    )
+  )
+
+
+def run_host(
+  host: int, port: int, steps: int, die_at: int | None, folder: str
+) -> None:
+  """Trains, and writes down what it saw at each step."""
+  # The pipe from the parent is closed when that ends, in whatever way.
+  threading.Thread(
+    target=lambda: os._exit(len(sys.stdin.read()) or 1), daemon=True
+  ).start()
+  jax.config.update("jax_num_cpu_devices", DEVICES)
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(f"127.0.0.1:{port}", HOSTS, host)
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+  sharding = NamedSharding(mesh, PartitionSpec("data"))
+  right = on_devices(partial(loss, axis_name="data"), mesh)
+  wrong = on_devices(mean_of_means, mesh)
+
+  batches, characters = find_batches(steps)
+  params = init_params(jax.random.key(0), characters)
+  optimizer = optax.sgd(0.5)
+  state = optimizer.init(params)
+  seen = []
+  for step in range(steps):
+    if host == HOSTS - 1 and step == die_at:
+      os.kill(os.getpid(), signal.SIGKILL)
+    own = batches[host, step]
+    labels = jax.make_array_from_process_local_data(sharding, own)
+    value, grads = right(params, labels)
+    seen.append((params, (value, grads), wrong(params, labels)))
+    updates, state = optimizer.update(grads, state)
+    params = optax.apply_updates(params, updates)
+  if host == 0:
+    seen = jax.tree.map(np.asarray, seen)
+    pathlib.Path(folder, RESULT).write_bytes(pickle.dumps(seen))
+  jax.distributed.shutdown()
+
+
+def run_hosts(arguments: Sequence[str], folder: str) -> list:
+  """Starts a process for each host and waits for them; all end together."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  logs = [pathlib.Path(folder, f"host{host}.log") for host in range(HOSTS)]
+  hosts: list[subprocess.Popen] = []
+  try:
+    for host, log in enumerate(logs):
+      command = [sys.executable, __file__, *arguments, "--folder", folder]
+      command += ["--host", str(host), "--port", str(port)]
+      with log.open("w") as file:
+        hosts.append(
+          subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=file, stderr=file
+          )
+        )
+    end = time.monotonic() + SECONDS
+    while None in (statuses := [process.poll() for process in hosts]):
+      if any(statuses):
+        break
+      if time.monotonic() > end:
+        sys.exit(f"error: all hosts were stopped after {SECONDS} seconds.")
+      time.sleep(0.1)
+    for host, (status, log) in enumerate(zip(statuses, logs, strict=True)):
+      if status:
+        what = f"was killed by {signal.Signals(-status).name}"
+        if status > 0:
+          what = f"ended with exit status {status}"
+        sys.exit(
+          f"{log.read_text()[-2000:]}\nerror: host {host} {what}, and all were"
+          " stopped."
+        )
+  finally:
+    for process in hosts:
+      process.kill()
+      process.communicate()
+  return pickle.loads(pathlib.Path(folder, RESULT).read_bytes())
+
+
+def distance(tree: Params, expected: Params) -> float:
+  """The length of the difference, relative to that of what is expected."""
+  a, b = ravel_pytree(tree)[0], ravel_pytree(expected)[0]
+  return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+def compare(steps: int, seen: list) -> bool:
+  """Whether losses and gradients are those of one process."""
+  batches, _ = find_batches(steps)
+  whole = jax.jit(jax.value_and_grad(loss))
+  print(
+    "\n        characters of     loss of          gradients  a mean of means is"
+    "\n  step  host 0  host 1    hosts   one      differ by  off, its gradient"
+  )
+  worst = 0.0
+  for step, (params, right, wrong) in enumerate(seen):
+    batch = batches[:, step]
+    value, grads = whole(params, batch.reshape(-1, LONGEST + 1))
+    error = distance(right[1], grads)
+    worst = max(worst, error, float(abs(right[0] / value - 1)))
+    counts = (batch != PADDING).sum((1, 2))
+    print(
+      f"  {step:4}  {counts[0]:6}  {counts[1]:6}    {right[0]:.4f}  {value:.4f}"
+      f"   {error:.0e}      {wrong[0] / value - 1:+5.0%}"
+      f"   {distance(wrong[1], grads):9.0%}",
+      flush=True,
+    )
+  return worst < 1e-6
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description="Trains on two hosts.")
+  parser.add_argument("--steps", type=int, default=8)
+  parser.add_argument(
+    "--die-at", type=int, metavar="STEP", help="kill a host at this step"
+  )
+  for internal, kind in (("--host", int), ("--port", int), ("--folder", str)):
+    parser.add_argument(internal, type=kind, help=argparse.SUPPRESS)
+  given = parser.parse_args(argv)
+  if given.host is not None:
+    run_host(given.host, given.port, given.steps, given.die_at, given.folder)
+    return
+  print(
+    f"{HOSTS} hosts with {DEVICES} devices each, {ROWS} sentences a host and"
+    " step"
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    seen = run_hosts(sys.argv[1:] if argv is None else argv, folder)
+  if not compare(given.steps, seen):
+    sys.exit("error: the hosts do not agree with one process.")
+
+
+if __name__ == "__main__":
+  main()
