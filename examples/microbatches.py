@@ -28,8 +28,8 @@ from padded_text import (
   encode,
   find_sentences,
   init_params,
+  masked_losses,
   pad,
-  predict_all,
 )
 
 import optax_masking as optax
@@ -115,36 +115,28 @@ def distance(grads: Params, expected: Params) -> float:
   return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
 
-def character_losses(
-  params: Params, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  mask = labels != PADDING
-  return optax.softmax_cross_entropy_with_integer_labels(
-    predict_all(params, labels), labels, where=mask
-  ), mask
-
-
 def mean_loss(
   params: Params, labels: jax.Array, count: jax.Array | None
 ) -> jax.Array:
-  losses, mask = character_losses(params, labels)
-  return reductions.masked_mean(losses, mask, denominator=count)
+  terms = masked_losses(params, labels)
+  return reductions.masked_mean(*terms, denominator=count)
 
 
 def summed_loss(
   params: Params, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  losses, mask = character_losses(params, labels)
-  return (
-    reductions.masked_sum(losses, mask),
-    reductions.masked_count(losses, mask),
-  )
+  terms = masked_losses(params, labels)
+  return reductions.masked_sum(*terms), reductions.masked_count(*terms)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description="Accumulates gradients.")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   divisors = [k for k in range(1, ROWS + 1) if ROWS % k == 0]
-  parser.add_argument("--microbatches", type=int, default=8, choices=divisors)
+  parser.add_argument(
+    *("--microbatches", "-k"), type=int, default=8, choices=divisors
+  )
   k = parser.parse_args(argv).microbatches
 
   sentences = find_sentences()
@@ -155,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   params = init_params(jax.random.key(0), len(characters))
   counts = np.sum(split(batch, k) != PADDING, (1, 2))
   print(
-    f"{k} microbatches of {ROWS // k} sentences, with"
-    f" {', '.join(map(str, counts))} characters\n"
+    f"{ROWS} sentences in {k} microbatches, of {', '.join(map(str, counts))}"
+    " characters\n"
   )
   count = reductions.masked_count(batch, batch != PADDING)
   expected = jax.jit(jax.grad(mean_loss))(params, batch, None)
@@ -166,13 +158,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     ("optax.microbatching", partial(with_microbatching, *given, count, k)),
     ("optax.MultiSteps", partial(with_multi_steps, *given, count, k)),
     ("count on the way", partial(with_sums, summed_loss, params, batch, k)),
-    ("mean of means", partial(with_mean_of_means, *given, k)),
+    ("mean of means, wrong", partial(with_mean_of_means, *given, k)),
   )
   errors = []
-  print("                       differs from the whole batch's gradient by")
+  print("                        off the whole batch's gradient by")
   for name, way in ways:
     errors.append(distance(jax.jit(way)(), expected))
-    print(f"  {name:19}  {errors[-1]:.0e}", flush=True)
+    print(f"  {name:20}  {errors[-1]:.1e}", flush=True)
   if max(errors[:-1]) > 1e-6:
     sys.exit("error: the gradients do not add up.")
 

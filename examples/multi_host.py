@@ -28,10 +28,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from microbatches import distance
 from padded_text import (
   END,
   LONGEST,
@@ -40,8 +39,8 @@ from padded_text import (
   encode,
   find_sentences,
   init_params,
+  masked_losses,
   pad,
-  predict_all,
 )
 
 import optax_masking as optax
@@ -51,8 +50,9 @@ HOSTS = 2
 DEVICES = 4  # Of each host.
 ROWS = 16  # Sentences in the batch of a host.
 SHORT = 56  # Sentences of the second host, for three steps and a half.
-SECONDS = 300  # After which the hosts are stopped.
+SECONDS = 200  # After which the hosts are stopped.
 RESULT = "seen.pickle"
+ORPHANED = 3  # Exit status of a host whose parent ended.
 
 
 def find_batches(steps: int) -> tuple[np.ndarray, int]:
@@ -72,12 +72,9 @@ def find_batches(steps: int) -> tuple[np.ndarray, int]:
 def loss(
   params: Params, labels: jax.Array, axis_name: str | None = None
 ) -> jax.Array:
-  """The mean over all characters: of all devices, if they have a name."""
-  mask = labels != PADDING
-  losses = optax.softmax_cross_entropy_with_integer_labels(
-    predict_all(params, labels), labels, where=mask
-  )
-  return reductions.masked_mean(losses, mask, axis_name=axis_name)
+  """The mean over all characters: of all devices, if their axis has a name."""
+  terms = masked_losses(params, labels)
+  return reductions.masked_mean(*terms, axis_name=axis_name)
 
 
 def mean_of_means(params: Params, labels: jax.Array) -> jax.Array:
@@ -97,16 +94,19 @@ def on_devices(function: Callable, mesh: Mesh) -> Callable:
   )
 
 
+def end_with_parent() -> None:
+  sys.stdin.read()  # Until the pipe is closed, in whatever way the parent ends.
+  os._exit(ORPHANED)
+
+
 def run_host(
   host: int, port: int, steps: int, die_at: int | None, folder: str
 ) -> None:
   """Trains, and writes down what it saw at each step."""
-  # The pipe from the parent is closed when that ends, in whatever way.
-  threading.Thread(
-    target=lambda: os._exit(len(sys.stdin.read()) or 1), daemon=True
-  ).start()
+  threading.Thread(target=end_with_parent, daemon=True).start()
   jax.config.update("jax_num_cpu_devices", DEVICES)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   jax.distributed.initialize(f"127.0.0.1:{port}", HOSTS, host)
   mesh = Mesh(np.array(jax.devices()), ("data",))
   sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -114,7 +114,7 @@ def run_host(
   wrong = on_devices(mean_of_means, mesh)
 
   batches, characters = find_batches(steps)
-  params = init_params(jax.random.key(0), characters)
+  params = jax.device_get(init_params(jax.random.key(0), characters))
   optimizer = optax.sgd(0.5)
   state = optimizer.init(params)
   seen = []
@@ -123,14 +123,21 @@ def run_host(
       os.kill(os.getpid(), signal.SIGKILL)
     own = batches[host, step]
     labels = jax.make_array_from_process_local_data(sharding, own)
-    value, grads = right(params, labels)
-    seen.append((params, (value, grads), wrong(params, labels)))
-    updates, state = optimizer.update(grads, state)
-    params = optax.apply_updates(params, updates)
+    # Fetched at once: with few cores, devices that are at two programs at a
+    # time may wait for each other for ever.
+    got = jax.device_get(right(params, labels))
+    seen.append((params, got, jax.device_get(wrong(params, labels))))
+    updates, state = optimizer.update(got[1], state)
+    params = jax.device_get(optax.apply_updates(params, updates))
   if host == 0:
-    seen = jax.tree.map(np.asarray, seen)
     pathlib.Path(folder, RESULT).write_bytes(pickle.dumps(seen))
   jax.distributed.shutdown()
+
+
+def how_it_ended(status: int) -> str:
+  if status < 0:
+    return f"was killed by {signal.Signals(-status).name}"
+  return f"ended with exit status {status}"
 
 
 def run_hosts(arguments: Sequence[str], folder: str) -> list:
@@ -139,6 +146,10 @@ def run_hosts(arguments: Sequence[str], folder: str) -> list:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   logs = [pathlib.Path(folder, f"host{host}.log") for host in range(HOSTS)]
+
+  def log_of(host: int) -> str:
+    return f"\nThe log of host {host}:\n{logs[host].read_text()[-2000:]}"
+
   hosts: list[subprocess.Popen] = []
   try:
     for host, log in enumerate(logs):
@@ -155,17 +166,18 @@ def run_hosts(arguments: Sequence[str], folder: str) -> list:
       if any(statuses):
         break
       if time.monotonic() > end:
-        sys.exit(f"error: all hosts were stopped after {SECONDS} seconds.")
-      time.sleep(0.1)
-    for host, (status, log) in enumerate(zip(statuses, logs, strict=True)):
-      if status:
-        what = f"was killed by {signal.Signals(-status).name}"
-        if status > 0:
-          what = f"ended with exit status {status}"
         sys.exit(
-          f"{log.read_text()[-2000:]}\nerror: host {host} {what}, and all were"
-          " stopped."
+          f"{log_of(0)}\nerror: not done after {SECONDS} seconds, and all hosts"
+          " were stopped."
         )
+      time.sleep(0.1)
+    failed = [(s, host) for host, s in enumerate(statuses) if s]
+    if failed:
+      status, host = min(failed)  # A signal is negative, and tells more.
+      sys.exit(
+        f"{log_of(host)}\nerror: host {host} {how_it_ended(status)}, and all"
+        " were stopped."
+      )
   finally:
     for process in hosts:
       process.kill()
@@ -173,19 +185,13 @@ def run_hosts(arguments: Sequence[str], folder: str) -> list:
   return pickle.loads(pathlib.Path(folder, RESULT).read_bytes())
 
 
-def distance(tree: Params, expected: Params) -> float:
-  """The length of the difference, relative to that of what is expected."""
-  a, b = ravel_pytree(tree)[0], ravel_pytree(expected)[0]
-  return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
-
-
 def compare(steps: int, seen: list) -> bool:
   """Whether losses and gradients are those of one process."""
   batches, _ = find_batches(steps)
   whole = jax.jit(jax.value_and_grad(loss))
   print(
-    "\n        characters of     loss of          gradients  a mean of means is"
-    "\n  step  host 0  host 1    hosts   one      differ by  off, its gradient"
+    "\n        characters of   loss on          gradients  mean of means off by"
+    "\n  step  host 0  host 1  2 hosts  1 host  differ by  loss       gradient"
   )
   worst = 0.0
   for step, (params, right, wrong) in enumerate(seen):
@@ -195,23 +201,31 @@ def compare(steps: int, seen: list) -> bool:
     worst = max(worst, error, float(abs(right[0] / value - 1)))
     counts = (batch != PADDING).sum((1, 2))
     print(
-      f"  {step:4}  {counts[0]:6}  {counts[1]:6}    {right[0]:.4f}  {value:.4f}"
-      f"   {error:.0e}      {wrong[0] / value - 1:+5.0%}"
-      f"   {distance(wrong[1], grads):9.0%}",
+      f"  {step:4}  {counts[0]:6}  {counts[1]:6}  {right[0]:7.4f}  {value:.4f}"
+      f"  {error:9.0e}  {wrong[0] / value - 1:+4.0%}"
+      f"  {distance(wrong[1], grads):13.0%}",
       flush=True,
     )
   return worst < 1e-6
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description="Trains on two hosts.")
-  parser.add_argument("--steps", type=int, default=8)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument(
-    "--die-at", type=int, metavar="STEP", help="kill a host at this step"
+    "--steps", type=int, default=8, help="1 to 64, 8 by default"
+  )
+  parser.add_argument(
+    "--die-at", type=int, metavar="STEP", help="kill host 1 before this step"
   )
   for internal, kind in (("--host", int), ("--port", int), ("--folder", str)):
     parser.add_argument(internal, type=kind, help=argparse.SUPPRESS)
   given = parser.parse_args(argv)
+  if not 1 <= given.steps <= 64:
+    parser.error("--steps must be from 1 to 64.")
+  if given.die_at is not None and not 0 <= given.die_at < given.steps:
+    parser.error(f"--die-at must be from 0 to {given.steps - 1}.")
   if given.host is not None:
     run_host(given.host, given.port, given.steps, given.die_at, given.folder)
     return
@@ -220,7 +234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     " step"
   )
   with tempfile.TemporaryDirectory() as folder:
-    seen = run_hosts(sys.argv[1:] if argv is None else argv, folder)
+    try:
+      seen = run_hosts(sys.argv[1:] if argv is None else argv, folder)
+    except KeyboardInterrupt:
+      sys.exit("error: interrupted. All hosts were stopped.")
   if not compare(given.steps, seen):
     sys.exit("error: the hosts do not agree with one process.")
 

@@ -87,12 +87,18 @@ def predict_all(params: Params, labels: jax.Array) -> jax.Array:
   return logits + jnp.where(labels == PADDING, jnp.nan, 0.0)[..., None]
 
 
-def masked_loss(params: Params, labels: jax.Array) -> jax.Array:
+def masked_losses(
+  params: Params, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The loss of each character, and which of them are there."""
   mask = labels != PADDING
-  losses = optax.softmax_cross_entropy_with_integer_labels(
+  return optax.softmax_cross_entropy_with_integer_labels(
     predict_all(params, labels), labels, where=mask
-  )
-  return reductions.masked_mean(losses, mask)
+  ), mask
+
+
+def masked_loss(params: Params, labels: jax.Array) -> jax.Array:
+  return reductions.masked_mean(*masked_losses(params, labels))
 
 
 def multiplied_loss(params: Params, labels: jax.Array) -> jax.Array:

@@ -163,34 +163,37 @@ def canonicalize_where(
   refuse_ambiguous: bool,
 ) -> jax.Array:
   """Checks a mask against the shape of the data and gives it the same rank."""
-  return aligned("where", boolean(where), shape, axes, refuse_ambiguous)
+  where = boolean(where)
+  return jnp.expand_dims(
+    where, missing_axes("where", where.shape, shape, axes, refuse_ambiguous)
+  )
 
 
-def aligned(
+def missing_axes(
   name: str,
-  x: jax.Array,
+  x_shape: Shape,
   shape: Shape,
   axes: Axes,
   refuse_ambiguous: bool,
-) -> jax.Array:
-  """Gives a mask, or what is shaped as one may be, the rank of the data."""
+) -> Axes:
+  """The axes that a mask, or what has the shape of one, lacks of the data."""
   rank = len(shape)
-  if x.ndim == 0:
-    return jnp.reshape(x, (1,) * rank)
+  if not x_shape:
+    return tuple(range(rank))
 
   def expanded(new_axes: Axes) -> Shape:
-    sizes = iter(x.shape)
+    sizes = iter(x_shape)
     return tuple(1 if a in new_axes else next(sizes) for a in range(rank))
 
   def fits(new_axes: Axes) -> bool:
-    return x.ndim + len(new_axes) == rank and all(
+    return len(x_shape) + len(new_axes) == rank and all(
       w in (1, s) for w, s in zip(expanded(new_axes), shape, strict=True)
     )
 
   if fits(()):
-    return x
-  left_aligned = tuple(range(x.ndim, rank))
-  right_aligned = tuple(range(rank - x.ndim))
+    return ()
+  left_aligned = tuple(range(len(x_shape), rank))
+  right_aligned = tuple(range(rank - len(x_shape)))
   if not fits(axes):
     batch = tuple(s for a, s in enumerate(shape) if a not in axes)
     fixes = [
@@ -204,7 +207,7 @@ def aligned(
       if target
     )
     raise ValueError(
-      f"`{name}` has shape {x.shape}, but for data of shape {shape} and the"
+      f"`{name}` has shape {x_shape}, but for data of shape {shape} and the"
       f" axes {axes} it must {accepted}be a scalar."
       + (f" Did you mean {' or '.join(fixes)}?" if fixes else "")
     )
@@ -214,11 +217,11 @@ def aligned(
     and expanded(axes) != expanded(right_aligned)
   ):
     raise ValueError(
-      f"`{name}` of shape {x.shape} fits data of shape {shape} in two ways: as"
+      f"`{name}` of shape {x_shape} fits data of shape {shape} in two ways: as"
       f" one entry an example, {name}{_indexed(axes, rank)}, and aligned to the"
       f" last axis, {name}{_indexed(right_aligned, rank)}. Pass one of the two."
     )
-  return jnp.expand_dims(x, axes)
+  return axes
 
 
 def _indexed(new_axes: Axes, rank: int) -> str:

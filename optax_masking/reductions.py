@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_masking._arguments import (
   Axis,
   Where,
-  aligned,
   canonicalize_axes,
   canonicalize_where,
+  missing_axes,
 )
-from optax_masking.fills import Shape, select
+from optax_masking.fills import Array, Shape, select
 
 __all__ = ["RunningMean", "masked_count", "masked_mean", "masked_sum"]
 
@@ -45,9 +46,9 @@ def masked_sum(
       :func:`optax_masking.masked_inputs`, so with the rank of ``values`` and
       broadcasting to it, or with that rank without ``axis``, or a scalar.
     axis: Axis or axes to reduce, as in ``jnp.sum``. None stands for all.
-    weights: What to multiply by, not negative, in any of the shapes of
-      ``where``. A weight of 0 is no mask: 0 times NaN is NaN. Negative ones are
-      refused, but inside ``jit`` they can't be seen.
+    weights: What to multiply by, in any of the shapes of ``where``. A weight
+      of 0 is no mask: 0 times NaN is NaN. Negative weights are refused, but
+      those that JAX traces, as in ``jit``, are not checked.
     axis_name: Name or names of mapped axes, inside ``shard_map``, ``pmap`` or
       ``vmap``. Each device adds up its own ``values``, and the result on all is
       the sum over these axes, too: see :func:`masked_mean`, for derivatives
@@ -55,9 +56,9 @@ def masked_sum(
 
   Returns:
     The sum, with the shape of ``values`` without ``axis``, and 0 where nothing
-    is included. Its dtype is that of ``values`` if they are floating, and else
-    what ``jnp.sum`` makes of them, or of them times the weights. Half precision
-    is added up in float32.
+    is included. Floating ``values`` keep their dtype; half precision is added
+    up in float32. Others get the dtype of ``jnp.sum``, promoted with that of
+    the sum of the weights.
 
   Raises:
     TypeError: If ``where`` is not boolean, ``weights`` are, or ``axis`` is not
@@ -65,6 +66,7 @@ def masked_sum(
     ValueError: If ``axis`` is out of range or repeated, ``where`` or
       ``weights`` do not fit, or might be meant in two ways, or a weight is
       negative.
+    NameError: If ``axis_name`` names no mapped axis.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -95,7 +97,8 @@ def masked_count(
   It is what :func:`masked_mean` divides by.
 
   Args:
-    values: What is counted; only its shape matters.
+    values: What is counted, such as losses. Only its shape matters; to count
+      a mask by itself, write ``masked_count(mask, mask)``.
     where: Elements to include, as in :func:`masked_sum`.
     axis: Axis or axes to reduce, as in :func:`masked_sum`.
     weights: What to add up in the place of ones, as in :func:`masked_sum`.
@@ -103,14 +106,16 @@ def masked_count(
       :func:`masked_sum`.
 
   Returns:
-    The count, with the shape of ``values`` without ``axis``: of the default
-    integer dtype, or in float32 (float64, if they are) with floating
-    ``weights``.
+    The count, with the shape of ``values`` without ``axis``, in the default
+    integer dtype. A sum of ``weights`` has the dtype of ``jnp.sum``, but
+    float32 for half precision.
 
   Raises:
     TypeError: As :func:`masked_sum`; or if ``values`` are boolean and there is
-      no ``where``, since they may be meant as such.
+      no ``where``, since they may be meant as the mask.
     ValueError: As :func:`masked_sum`.
+    NameError: As :func:`masked_sum`.
+    OverflowError: If there are more elements than the integer can count.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -119,12 +124,18 @@ def masked_count(
     >>> print(reductions.masked_count(losses, ~jnp.isnan(losses), axis=-1))
     [2 1]
   """
-  if where is None and jnp.issubdtype(jnp.result_type(values), jnp.bool):
+  terms = _Terms(values, where, axis, weights)
+  if where is None and jnp.issubdtype(jnp.result_type(terms.values), jnp.bool):
     raise TypeError(
       "`values` is boolean and there is no `where`. Pass masked_count(mask,"
       " mask) for the number of True, or where=True to count all of them."
     )
-  return _Terms(values, where, axis, weights).count(axis_name)
+  if weights is None and terms.size > _most():
+    raise OverflowError(
+      f"{terms.size} elements may be more than the default integer holds,"
+      f" {_most()}. Set jax_enable_x64, or use masked_mean, which counts them."
+    )
+  return _over(axis_name, terms.count(int))
 
 
 def masked_mean(
@@ -144,38 +155,40 @@ def masked_mean(
   .. math::
     \frac{\sum_{i \in I} w_i x_i}{\sum_{i \in I} w_i} \,,
 
-  and 0 where nothing is included. With a ``denominator`` that is what is
-  divided by.
+  and 0 where nothing is included. A ``denominator`` takes the place of the
+  lower sum.
 
   With ``axis_name`` each device, or each element of a mapped axis, gives its
   own part of the values, of the mask, of the weights and of the denominator.
   Numerators and denominators are added up over all before the division, and
-  each gets the mean of the whole.
+  each device gets the mean of the whole.
 
-  Differentiate on the devices and average the gradients with
-  ``jax.lax.pmean(gradients, axis_name)``: that is the gradient of the mean of
-  the whole, in every kind of map. In a ``jax.shard_map`` that keeps track of
-  what varies (``check_vma``, the default) each device has that gradient
-  without it. In ``pmap``, in ``vmap`` and in a ``shard_map`` without such
-  checks JAX differentiates the sum of what all devices return, all of which
-  are the same mean, and the average takes that factor away. Differentiated
-  from outside of the map, and in forward mode, nothing is to be done.
+  The gradient of that mean, with respect to parameters that all devices share,
+  is what ``jax.grad`` returns on each device of a ``jax.shard_map`` with its
+  default ``check_vma=True``. Without these checks, in ``pmap`` and in ``vmap``
+  it is ``jax.lax.pmean(gradients, axis_name)``. There JAX differentiates the
+  sum of the results of all devices, and each of these results is the mean of
+  the whole. For the same reason the gradient with respect to what one device
+  has for itself, such as its values or its shard of the parameters, is as many
+  times too large there as there are devices. A derivative that is taken outside
+  of the map, or in forward mode, needs no correction.
 
   Args:
     values: What to average, such as the losses of tokens, or a boolean array of
       which predictions are right; of any shape and dtype.
-    where: Elements to include, as in :func:`masked_sum`. What others hold
-      changes neither the mean nor a derivative, and their own derivatives are
-      0.
+    where: Elements to include, as in :func:`masked_sum`. What a masked element
+      holds changes neither the mean nor a derivative, and the derivatives with
+      respect to it are 0.
     axis: Axis or axes to reduce, as in :func:`masked_sum`. None stands for all.
     weights: Weights of the elements, as in :func:`masked_sum`: not negative,
       and no mask. If they add up to 0, and so do the weighted values, the mean
       is 0.
     denominator: What to divide by in the place of the count or of the sum of
       the weights: a number, or an array that broadcasts to the result. For a
-      microbatch the count of its whole batch. With ``axis_name`` it is added
-      up over the devices as the count would be: give each its own part. 0 / 0
-      is 0, and another numerator over 0 infinite.
+      microbatch, give the count of its whole batch. With ``axis_name`` it is
+      added up over the devices, as the count would be: give each device its own
+      part, such as a :func:`masked_count` without ``axis_name``. 0 / 0 is 0,
+      and other numbers divided by 0 are infinite.
     axis_name: Name or names of mapped axes, inside ``shard_map``, ``pmap`` or
       ``vmap``. Under ``jit`` with sharded arrays nothing is needed: an array is
       the whole there, wherever it lies.
@@ -191,6 +204,7 @@ def masked_mean(
     ValueError: If ``axis`` is out of range or repeated, ``where``, ``weights``
       or ``denominator`` do not fit, or might be meant in two ways, or a weight
       is negative.
+    NameError: If ``axis_name`` names no mapped axis.
 
   Examples:
     A batch of which nothing is left is 0, and no NaN:
@@ -229,9 +243,9 @@ def masked_mean(
   """
   terms = _Terms(values, where, axis, weights)
   dtype = _mean_dtype(terms.values)
-  return _quotient(
-    terms.sum(dtype, axis_name), terms.denominator(denominator, axis_name)
-  ).astype(dtype)
+  total = terms.sum(dtype, axis_name)
+  divisor = terms.denominator(denominator, total.dtype, axis_name)
+  return _quotient(total, divisor).astype(dtype)
 
 
 class RunningMean(NamedTuple):
@@ -239,11 +253,18 @@ class RunningMean(NamedTuple):
 
   It holds what is to be added up, a numerator and a denominator, so that a step
   with few included elements counts for few. Each is a float32 number and the
-  rest that was rounded off, which keeps counts of billions right.
+  rest that was rounded off, so that a sum of billions still grows by ones.
 
   It is a pytree of four arrays, as the states of Optax are: a carry of
-  ``lax.scan``, an argument of ``jit``, a part of a checkpoint. To add it up
-  over the devices of a mapped axis is ``jax.lax.psum(state, axis_name)``.
+  ``lax.scan``, an argument of ``jit``, a part of a checkpoint.
+
+  On many devices, pass ``axis_name`` to :meth:`update`. Or let each device add
+  up its own, and take ``jax.lax.psum(state, axis_name)`` once, after the last
+  step. In ``jax.shard_map`` such a state begins as one that varies:
+  ``jax.lax.pcast(RunningMean.empty(), axis_name, to="varying")``.
+
+  To write it to a file, ``np.savez(file, **state._asdict())``, and to read it,
+  ``RunningMean(**np.load(file))``.
 
   Attributes:
     numerator: Sum of the (weighted) values.
@@ -301,6 +322,9 @@ class RunningMean(NamedTuple):
   ) -> "RunningMean":
     """Adds the values of a step.
 
+    Of a step of which only the mean and the count are known, give the mean as
+    the value and the count as its weight.
+
     Args:
       values: What to average, as in :func:`masked_mean`.
       where: Elements to include, as in :func:`masked_mean`.
@@ -321,31 +345,50 @@ class RunningMean(NamedTuple):
     terms = _Terms(values, where, axis, weights)
     if terms.result_shape != self.numerator.shape:
       raise ValueError(
-        f"`values` of shape {terms.shape} have the shape"
-        f" {terms.result_shape} without the axes {terms.axes}, but this mean"
-        f" has the shape {self.numerator.shape}. Begin with"
-        f" RunningMean.empty({terms.result_shape}), or reduce other axes."
+        f"`values` of shape {terms.shape} have a mean of shape"
+        f" {terms.result_shape} over the axes {terms.axes}, but this state has"
+        f" the shape {self.numerator.shape}. Begin with"
+        f" RunningMean.empty({terms.result_shape}), or give another `axis`."
       )
     dtype = self.numerator.dtype
-    numerator = terms.sum(dtype, axis_name).astype(dtype)
-    count = terms.denominator(denominator, axis_name).astype(dtype)
+    of_values = _mean_dtype(terms.values)
+    if jnp.issubdtype(of_values, jnp.complexfloating):
+      raise TypeError(f"`values` must be real, but have dtype {of_values}.")
+    with jax.numpy_dtype_promotion("standard"):
+      sum_dtype = jnp.promote_types(of_values, dtype)
+    numerator = terms.sum(sum_dtype, axis_name).astype(dtype)
+    count = terms.denominator(denominator, dtype, axis_name)
     zero = jnp.zeros_like(numerator)
     return self.merge(
       RunningMean(numerator, jnp.broadcast_to(count, zero.shape), zero, zero)
     )
 
   def merge(self, other: "RunningMean") -> "RunningMean":
-    """Adds what another state has seen, of other steps or another device."""
-    numerator, numerator_rest = _exact_sum(self.numerator, other.numerator)
-    denominator, denominator_rest = _exact_sum(
-      self.denominator, other.denominator
+    """Adds what another state has seen, of other steps or another device.
+
+    Args:
+      other: A state of the same shape.
+
+    Returns:
+      The state of both.
+
+    Raises:
+      ValueError: If the shapes differ.
+    """
+    if self.numerator.shape != other.numerator.shape:
+      raise ValueError(
+        f"A mean of shape {self.numerator.shape} can't be merged with one of"
+        f" shape {other.numerator.shape}."
+      )
+    numerator, numerator_rest = _sum_of_two(
+      (self.numerator, self.numerator_rest),
+      (other.numerator, other.numerator_rest),
     )
-    return RunningMean(
-      numerator,
-      denominator,
-      self.numerator_rest + other.numerator_rest + numerator_rest,
-      self.denominator_rest + other.denominator_rest + denominator_rest,
+    denominator, denominator_rest = _sum_of_two(
+      (self.denominator, self.denominator_rest),
+      (other.denominator, other.denominator_rest),
     )
+    return RunningMean(numerator, denominator, numerator_rest, denominator_rest)
 
   def mean(self) -> jax.Array:
     """The mean of what was included, 0 if nothing was."""
@@ -354,13 +397,9 @@ class RunningMean(NamedTuple):
       self.denominator + self.denominator_rest,
     )
 
-  def __add__(self, other: "RunningMean") -> "RunningMean":  # type: ignore[override]
-    """The same as :meth:`merge`, in place of the sum of two tuples."""
-    return self.merge(other)
-
 
 class _Terms:
-  """The terms of a sum, masked, and what their mean is divided by."""
+  """The terms of a sum, and what their mean is divided by."""
 
   def __init__(
     self,
@@ -369,55 +408,62 @@ class _Terms:
     axis: Axis,
     weights: jax.typing.ArrayLike | None,
   ):
-    x = jnp.asarray(values)
-    self.shape = x.shape
-    self.axes = canonicalize_axes(axis, x.shape)
-    self.size = math.prod(x.shape[a] for a in self.axes)
+    # A conversion would be an operation on garbage.
+    is_array = isinstance(values, Array | np.generic)
+    self.values: Any = values if is_array else jnp.asarray(values)
+    self.shape = jnp.shape(self.values)
+    self.axes = canonicalize_axes(axis, self.shape)
     self.result_shape = tuple(
-      s for a, s in enumerate(x.shape) if a not in self.axes
+      s for a, s in enumerate(self.shape) if a not in self.axes
     )
+    self.size = math.prod(self.shape[a] for a in self.axes)
     self.where = None
     if where is not None:
-      self.where = canonicalize_where(where, x.shape, self.axes, True)
-    self.values = self._masked(x)
+      self.where = canonicalize_where(where, self.shape, self.axes, True)
     self.weights = None
     if weights is not None:
-      w = _real("weights", weights)
-      self.weights = self._masked(
-        aligned("weights", w, x.shape, self.axes, True)
-      )
-      _check_not_negative(self.weights)
+      w = self._aligned(_real("weights", weights))
+      # Once, since the two parts of its derivative almost cancel.
+      self.weights = w.astype(_wide(_sum_dtype(w)))
 
-  def _masked(self, x: jax.Array) -> jax.Array:
-    return x if self.where is None else select(self.where, x, 0)
+  def _masked(self, x: Any) -> jax.Array:
+    return jnp.asarray(x) if self.where is None else select(self.where, x, 0)
+
+  def _aligned(self, weights: Array) -> jax.Array:
+    """Weights with the rank of the values, 0 where they are masked."""
+    axes = missing_axes("weights", weights.shape, self.shape, self.axes, True)
+    if axes and self.where is not None:
+      weights = select(jnp.any(self.where, axes), weights, 0)
+    weights = self._masked(jnp.expand_dims(weights, axes))
+    _check_not_negative(weights)
+    return weights
 
   def sum(self, dtype: Any, axis_name: AxisName) -> jax.Array:
     """The sum, in a dtype or in one with more digits."""
     dtype = _wide(dtype)
-    x = self.values
+    x = self._masked(self.values)
     if self.weights is not None:
       with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(dtype, _wide(self.weights.dtype))
+        dtype = jnp.promote_types(dtype, self.weights.dtype)
       x = x.astype(dtype) * self.weights.astype(dtype)
     return _over(axis_name, jnp.sum(x, self.axes, dtype=dtype))
 
-  def count(self, axis_name: AxisName) -> jax.Array:
-    """How many are included, or what they weigh."""
+  def count(self, dtype: Any) -> jax.Array:
+    """How many are included here, or what they weigh."""
     if self.weights is not None:
-      dtype = _wide(_sum_dtype(self.weights))
-      x = jnp.broadcast_to(self.weights, self.shape)
-      return _over(axis_name, jnp.sum(x, self.axes, dtype=dtype))
+      return jnp.sum(jnp.broadcast_to(self.weights, self.shape), self.axes)
     if self.where is None:
-      return _over(axis_name, jnp.full(self.result_shape, self.size, int))
+      return jnp.full(self.result_shape, self.size, dtype)
     x = jnp.broadcast_to(self.where, self.shape)
-    return _over(axis_name, jnp.sum(x, self.axes, dtype=int))
+    exact = dtype if self.size > _most() else int
+    return jnp.sum(x, self.axes, dtype=exact).astype(dtype)
 
   def denominator(
-    self, given: jax.typing.ArrayLike | None, axis_name: AxisName
+    self, given: jax.typing.ArrayLike | None, dtype: Any, axis_name: AxisName
   ) -> jax.Array:
     """What is given to divide by, and else the count."""
     if given is None:
-      return self.count(axis_name)
+      return _over(axis_name, self.count(dtype).astype(dtype))
     x = _real("denominator", given)
     if not _broadcasts(x.shape, self.result_shape):
       raise ValueError(
@@ -425,21 +471,48 @@ class _Terms:
         f" {self.result_shape}, the shape {self.shape} of `values` without the"
         f" axes {self.axes}."
       )
-    return _over(axis_name, x)
+    return _over(axis_name, jnp.asarray(x).astype(dtype))
 
 
 def _over(axis_name: AxisName, x: jax.Array) -> jax.Array:
-  return x if axis_name is None else jax.lax.psum(x, axis_name)
+  """Adds up over mapped axes."""
+  if axis_name is None:
+    return x
+  # One by one: `shard_map` refuses several if `x` varies over some of them.
+  for name in axis_name if isinstance(axis_name, tuple) else (axis_name,):
+    try:
+      x = jax.lax.psum(x, name)
+    except NameError:
+      raise NameError(
+        f"`axis_name` {name!r} names no mapped axis here. Call it inside of"
+        " `shard_map`, `pmap` or `vmap`, and without `axis_name` elsewhere, as"
+        " for sharded arrays under `jit`."
+      ) from None
+  return x
 
 
 def _quotient(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   """Divides; 0 / 0 is 0, and so are its derivatives."""
-  denominator = denominator.astype(numerator.dtype)
   included = (numerator != 0) | (denominator != 0)
-  return select(included, numerator, 0) / select(included, denominator, 1)
+  numerator = select(included, numerator, 0)
+  denominator = select(included, denominator, 1)
+  # JAX differentiates by the square of the denominator. That of a small one is
+  # 0, and of a large one infinite, unless it is 1.
+  regular = (denominator != 0) & jnp.isfinite(denominator)
+  scale = jax.lax.stop_gradient(select(regular, denominator, 1))
+  return (numerator / scale) / (denominator / scale)
 
 
-def _exact_sum(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+Pair = tuple[jax.Array, jax.Array]
+
+
+def _sum_of_two(x: Pair, y: Pair) -> Pair:
+  """Adds numbers, each of which is given as a rounded one and the rest."""
+  total, rest = _exact_sum(x[0], y[0])
+  return _exact_sum(total, rest + x[1] + y[1])
+
+
+def _exact_sum(x: jax.Array, y: jax.Array) -> Pair:
   """A rounded sum, and what was rounded off (Knuth's TwoSum)."""
   total = x + y
   of_y = total - x
@@ -447,8 +520,11 @@ def _exact_sum(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
   return total, select(jnp.isfinite(total), rest, 0)
 
 
-def _real(name: str, x: jax.typing.ArrayLike) -> jax.Array:
-  x = jnp.asarray(x)
+def _real(name: str, x: jax.typing.ArrayLike) -> Array:
+  if isinstance(x, int) and not isinstance(x, bool):
+    x = float(x)  # It may be more than an integer of JAX holds.
+  if not isinstance(x, Array):
+    x = jnp.asarray(x)
   if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(
     x.dtype, jnp.integer
   ):
@@ -460,12 +536,13 @@ def _real(name: str, x: jax.typing.ArrayLike) -> jax.Array:
 
 
 def _check_not_negative(weights: jax.Array) -> None:
-  """Where the weights are known here: not in `jit`, nor on another host."""
+  """Where they are known: not where JAX traces, nor on another host."""
   if isinstance(weights, jax.core.Tracer) or not weights.is_fully_addressable:
     return
-  if weights.size and weights.min() < 0:
+  given = np.asarray(weights)  # All that JAX computes may be traced.
+  if (given < 0).any():
     raise ValueError(
-      f"`weights` must not be negative, but {weights.min()} is among those that"
+      f"`weights` must not be negative, but {given.min()} is among those that"
       " are included. Mask what is not to count, with `where`."
     )
 
@@ -476,6 +553,11 @@ def _broadcasts(shape: Shape, to: Shape) -> bool:
   )
 
 
+def _most() -> int:
+  """The largest count that the default integer holds."""
+  return int(jnp.iinfo(jnp.result_type(int)).max)
+
+
 def _wide(dtype: Any) -> Any:
   """What a sum of this dtype is computed in."""
   if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
@@ -483,10 +565,13 @@ def _wide(dtype: Any) -> Any:
   return jnp.dtype(dtype)
 
 
-def _sum_dtype(x: jax.Array) -> Any:
-  """The dtype of a sum: a default one for small integers and booleans."""
-  return jax.eval_shape(jnp.sum, x).dtype
+def _sum_dtype(x: Any) -> Any:
+  dtype = jnp.result_type(x)
+  if jnp.issubdtype(dtype, jnp.inexact):
+    return dtype
+  return jax.eval_shape(jnp.sum, x).dtype  # Of a size that holds a sum.
 
 
-def _mean_dtype(x: jax.Array) -> Any:
-  return jax.eval_shape(jnp.mean, x).dtype
+def _mean_dtype(x: Any) -> Any:
+  dtype = jnp.result_type(x)
+  return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)

@@ -1,7 +1,9 @@
 """The examples do what they print. Each ends with an error if a check fails."""
 
+import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
@@ -11,9 +13,10 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
-def run(name, *arguments, status=0):
+def run(name, *arguments, status=0, **environment):
   result = subprocess.run(
     [sys.executable, "-W", "error", EXAMPLES / name, *arguments],
+    env=os.environ | environment,
     capture_output=True,
     text=True,
   )
@@ -38,8 +41,8 @@ def test_missing_targets():
 @pytest.mark.slow
 def test_microbatches():
   output = run("microbatches.py")
-  assert "microbatches of 3 sentences, with 0, " in output
-  wrong = re.search(r"mean of means +(\S+)", output)
+  assert "in 8 microbatches, of 0, " in output
+  wrong = re.search(r"mean of means, wrong +(\S+)", output)
   assert float(wrong[1]) > 0.05
 
 
@@ -57,14 +60,27 @@ class TestMultiHost:
     output = run("multi_host.py", "--die-at", "2", status=1)
     assert "error: host 1 was killed by SIGKILL" in output
 
+  def test_host_that_fails(self):
+    """Its traceback is shown."""
+    output = run("multi_host.py", status=1, JAX_PLATFORMS="nothing")
+    assert "Traceback" in output
+    assert "ended with exit status 1, and all were stopped" in output
+
   def test_parent_that_dies(self, tmp_path):
     """A host that waits for another ends as soon as its parent has."""
-    internal = ("--host", "0", "--port", "1024", "--folder", tmp_path)
-    with subprocess.Popen(
-      [sys.executable, EXAMPLES / "multi_host.py", *internal],
-      stdin=subprocess.PIPE,
-    ) as process:
-      with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(5)
-      process.stdin.close()
-      assert process.wait(30) == 1
+    with socket.socket() as taken:  # Nobody is there to answer.
+      taken.bind(("127.0.0.1", 0))
+      port = str(taken.getsockname()[1])
+      internal = ("--host", "1", "--port", port, "--folder", tmp_path)
+      process = subprocess.Popen(
+        [sys.executable, EXAMPLES / "multi_host.py", *internal],
+        stdin=subprocess.PIPE,
+      )
+      try:
+        with pytest.raises(subprocess.TimeoutExpired):
+          process.wait(10)
+        process.stdin.close()
+        assert process.wait(60) == 3
+      finally:
+        process.kill()
+        process.wait()

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from cases import (
 )
 
 import optax_masking as optax
+from optax_masking import reductions
 from optax_masking.reductions import (
   RunningMean,
   masked_count,
@@ -129,6 +131,26 @@ class MaskTest(parameterized.TestCase):
         for mask in (where, where & False):
           total = functools.partial(masked_mean, where=mask, weights=w)
           assert_equal(jnp.isfinite(jax.grad(total)(x)), True)
+
+  def test_debug_nans_of_garbage(self):
+    """It is selected before anything else is done with it."""
+    rows = np.array([False, True, True])
+    garbage = jnp.where(rows, 1.0, jnp.nan)
+    of_rows = jnp.where(rows[:, None], jnp.ones((3, 4)), jnp.nan)
+    ones, nan = jnp.ones((3, 4)), jnp.array(jnp.nan)
+    with jax.debug_nans(True):
+      for x in (of_rows, np.asarray(of_rows)):
+        assert_equal(masked_mean(x, rows[:, None]), 1)
+        assert_equal(masked_mean(x, rows, -1), rows)
+        assert_equal(masked_count(x), 12)
+      slope = jax.grad(masked_mean)(of_rows, rows[:, None])
+      assert_equal(slope, np.repeat(rows[:, None], 4, 1) / 8)
+      assert_equal(masked_mean(ones, rows, -1, weights=garbage), rows)
+      slope = jax.grad(
+        lambda w: jnp.sum(masked_sum(ones, rows, -1, weights=w))
+      )(garbage)
+      assert_equal(slope, 4 * rows)
+      assert_equal(masked_mean(ones, False, weights=nan), 0)
 
   def test_second_derivatives(self):
     """With respect to weights: -(x_i + x_j - 2 m) / W^2."""
@@ -240,6 +262,24 @@ class DtypesTest(parameterized.TestCase):
     assert_equal(masked_mean(large, np.arange(4096) > 9), large[0])
     assert_equal(jax.grad(masked_mean)(ones, True), 1 / 4096)
 
+  @parameterized.parameters("bfloat16", "float16")
+  def test_gradient_of_weights(self, dtype):
+    """Of values that are nearly equal, a difference of nearly equal parts."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(100 + rng.normal(size=8), dtype)
+    for scale in (1.0, 1e-3):
+      w = jnp.asarray(scale * rng.uniform(0.5, 2, size=8), dtype)
+      got = jax.grad(lambda w: masked_mean(x, weights=w))(w)
+      v, u = (np.asarray(a, "float64") for a in (x, w))
+      expected = (v - v @ u / u.sum()) / u.sum()
+      self.assertLess(microbatches.distance(got, jnp.array(expected)), 0.01)
+
+  def test_small_weights(self):
+    """The square of their sum is 0 in float32."""
+    x = jnp.array([0.0, 1.0, 2.0])
+    got = jax.grad(lambda w: masked_mean(x, weights=w))(jnp.full(3, 1e-25))
+    assert_allclose(got, np.array([-1, 0, 1]) / 3e-25, rtol=1e-6, atol=1e18)
+
   def test_dtypes(self):
     floating = jnp.asarray(1.0).dtype
     integer = jnp.asarray(1).dtype
@@ -256,25 +296,46 @@ class DtypesTest(parameterized.TestCase):
         (masked_mean, mean, expected.mean()),
         (masked_count, integer, 2),
       ):
-        if function is masked_count and isinstance(values, list):
-          values = jnp.array(values)
         got = function(values, where)
         self.assertEqual(got.dtype, dtype)
         assert_equal(got, number)
+    assert_equal(masked_count([1.0, 2.0]), 2)
     with jax.numpy_dtype_promotion("strict"):
       x = jnp.ones(3, "bfloat16")
-      got = masked_mean(x, weights=jnp.ones(3), denominator=jnp.array(2))
+      two = jnp.arange(3)[2]  # Of a dtype that is not weak.
+      got = masked_mean(x, weights=jnp.ones(3, "float32"), denominator=two)
       self.assertEqual(got.dtype, "bfloat16")
       assert_equal(got, 1.5)
-      self.assertEqual(
-        masked_sum(jnp.arange(3), weights=jnp.full(3, 0.5)).dtype, floating
-      )
+      for dtype in ("float32", "bfloat16"):
+        got = masked_sum(jnp.arange(3), weights=jnp.full(3, 0.5, dtype))
+        self.assertEqual(got.dtype, "float32")
+        assert_equal(got, 1.5)
+
+  def test_many_elements(self):
+    """More than the default integer counts."""
+    with mock.patch.object(reductions, "_most", return_value=3):
+      x = jnp.ones((2, 4))
+      for where in (None, True, np.ones((2, 1), bool)):
+        assert_equal(masked_mean(x, where), 1)
+        with self.assertRaisesRegex(OverflowError, "8 elements .* holds, 3"):
+          masked_count(x, where)
+      assert_equal(masked_count(x, axis=0), 2)
+    shape = jax.ShapeDtypeStruct((2**16, 2**15), "float32")
+    jaxpr = jax.make_jaxpr(lambda x, w: (masked_mean(x), masked_mean(x, w)))(
+      shape, jax.ShapeDtypeStruct(shape.shape, bool)
+    )
+    self.assertIn("2147483648.0", str(jaxpr))
+    self.assertRegex(str(jaxpr), r"f32\[\] = reduce_sum")
+    self.assertNotRegex(str(jaxpr), r"i(32|64)\[\] = reduce_sum")
 
 
 class DenominatorTest(parameterized.TestCase):
   def test_given(self):
     x, where, weights = data()
     expected = reference(x, where, weights, (1, 2))[0]
+    large = 3_000_000_000  # More than an integer of JAX holds.
+    got = masked_mean(x, where, (1, 2), weights=weights, denominator=large)
+    assert_allclose(got, expected / large, rtol=1e-5)
     for denominator in (7, 7.0, jnp.array([7.0, 7.0]), np.array([7], "int8")):
       got = masked_mean(
         x, where, (1, 2), weights=weights, denominator=denominator
@@ -287,13 +348,15 @@ class DenominatorTest(parameterized.TestCase):
     for where, expected in ((False, 0), (True, np.inf)):
       got = masked_mean(x, where, denominator=0)
       np.testing.assert_array_equal(got, expected)
-    slope = jax.grad(masked_mean)(x, False, denominator=0)
-    assert_equal(slope, 0)
     zeros = jnp.zeros(2)
-    for slope in jax.grad(lambda x, w: masked_mean(x, weights=w), (0, 1))(
-      zeros, zeros
-    ):
+    for values, where in ((x, False), (zeros, True)):
+      slope = jax.grad(masked_mean)(values, where, denominator=0)
       assert_equal(slope, 0)
+    for values in (x, zeros):
+      for slope in jax.grad(lambda x, w: masked_mean(x, weights=w), (0, 1))(
+        values, zeros
+      ):
+        assert_equal(slope, 0)
 
   def test_derivative(self):
     """Of s / d: -s / d^2."""
@@ -341,6 +404,15 @@ class ErrorsTest(parameterized.TestCase):
     got = jax.jit(lambda w: masked_sum(x, weights=w))(weights)
     assert_equal(got, 1)
 
+  def test_known_weights(self):
+    """Of a closure, for which the check must not become a part of `jit`."""
+    x = jnp.ones(2)
+    for w in (jnp.array([1.0, 2.0]), np.array([1.0, 2.0])):
+      run = lambda x, w=w: masked_mean(x, weights=w)  # noqa: E731
+      for transform in (jax.jit, jax.grad, lambda f: jax.jit(jax.grad(f))):
+        self.assertTrue(jnp.isfinite(transform(run)(x)).all())
+      jax.lax.scan(lambda c, x, run=run: (c + run(x), None), 0.0, x[None])
+
   def test_count_of_a_mask(self):
     with self.assertRaisesRegex(TypeError, r"masked_count\(mask, mask\)"):
       masked_count(np.array([True, False]))
@@ -375,6 +447,10 @@ class MappedAxisTest(parameterized.TestCase):
       )(self.x, self.where, weights)
       expected = function(self.x, self.where, weights=weights)
       assert_close(got, jnp.full(6, expected), DTYPE)
+      got = jax.vmap(
+        functools.partial(function, axis_name="rows"), axis_name="rows"
+      )(self.x)
+      assert_close(got, jnp.full(6, function(self.x)), DTYPE)
 
   def test_two_axes(self):
     x, where, _ = data()
@@ -417,12 +493,13 @@ class MappedAxisTest(parameterized.TestCase):
 
   def test_denominator(self):
     """Each gives its part of what to divide by."""
-    got = jax.vmap(
-      lambda x, w: masked_mean(x, w, denominator=len(x), axis_name="rows"),
-      axis_name="rows",
-    )(self.x, self.where)
-    expected = masked_sum(self.x, self.where) / self.x.size
-    assert_close(got, jnp.full(6, expected), DTYPE)
+    expected = masked_sum(self.x, self.where) / (6 * 100)
+    for part in (100, np.int8(100), jnp.bfloat16(100), jnp.array([100])[0]):
+      got = jax.vmap(
+        functools.partial(masked_mean, denominator=part, axis_name="rows"),
+        axis_name="rows",
+      )(self.x, self.where)
+      assert_close(got, jnp.full(6, expected), DTYPE)
 
 
 class MicrobatchesTest(parameterized.TestCase):
@@ -482,11 +559,11 @@ class RunningMeanTest(parameterized.TestCase):
     scanned, means = jax.lax.scan(
       step, RunningMean.empty(), (garbage, where, weights)
     )
-    assert_equal(means[0], 0)
+    assert_equal(means[0], 0)  # Before the first.
     empty = RunningMean.empty()
     left = functools.reduce(RunningMean.merge, parts, empty)
     right = functools.reduce(lambda a, b: b.merge(a), parts[::-1], empty)
-    for state in (scanned, left, right, sum(parts, empty)):
+    for state in (scanned, left, right):
       assert_close(state.mean(), expected, "float32")
     mapped = jax.vmap(
       lambda *row: jax.lax.psum(empty.update(*row[:2], weights=row[2]), "rows"),
@@ -512,25 +589,55 @@ class RunningMeanTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r"RunningMean.empty\(\(3,\)\)"):
       state.update(x[0], axis=1)
 
-  def test_large_counts(self):
-    """Billions, one by one: beyond 2^24 float32 has no odd numbers."""
+  def test_large_sums(self):
+    """Beyond 2^24 float32 has no odd numbers; the rest has them."""
 
     @jax.jit
-    def many(state):
+    def thousand_steps(state):
       return jax.lax.fori_loop(
-        0, 1000, lambda _, state: state.update(jnp.full(3, 0.1)), state
+        0, 1000, lambda _, state: state.update(jnp.full(3, 0.25)), state
       )
 
-    for before in (2.0**24, 2.0**31):
-      state = RunningMean.empty()._replace(denominator=jnp.float32(before))
-      state = many(state)
-      count = float(state.denominator) + float(state.denominator_rest)
-      self.assertEqual(count, before + 3000)
-    state = RunningMean.empty()._replace(numerator=jnp.float32(2**24))
-    state = many(state)
-    total = float(state.numerator) + float(state.numerator_rest)
-    step = float(jnp.sum(jnp.full(3, 0.1)))
-    assert_allclose(total - 2**24, 1000 * step, rtol=1e-5)
+    large = jnp.float32(2.0**31)
+    many = thousand_steps(RunningMean.empty()._replace(denominator=large))
+    much = thousand_steps(RunningMean.empty()._replace(numerator=large))
+    few = thousand_steps(RunningMean.empty())
+    for state, denominator, numerator in (
+      (many, 2**31 + 3000, 750),
+      (much, 3000, 2**31 + 750),
+      (few.merge(many), 2**31 + 6000, 1500),
+      (much.merge(few), 6000, 2**31 + 1500),
+      (many.merge(many), 2**32 + 6000, 1500),
+      (much.merge(much), 6000, 2**32 + 1500),
+    ):
+      for total, rest, expected in (
+        (state.numerator, state.numerator_rest, numerator),
+        (state.denominator, state.denominator_rest, denominator),
+      ):
+        self.assertEqual(float(total) + float(rest), expected)
+      expected = np.float32(numerator) / np.float32(denominator)
+      assert_allclose(state.mean(), expected, rtol=1e-7)
+
+  def test_many_steps(self):
+    """The rest does not end at 2^24, either."""
+    many = jax.jit(
+      lambda state, x: jax.lax.fori_loop(
+        0, 2**26, lambda _, state: state.update(x), state
+      )
+    )
+    state = many(many(RunningMean.empty(), 1.0), 0.0)
+    self.assertEqual(float(state.denominator), 2**27)
+    assert_equal(state.mean(), 0.5)
+
+  def test_rests(self):
+    """They are a part of what is divided."""
+    one = jnp.float32(1)
+    assert_equal(RunningMean(one, one, one, one * 0).mean(), 2)
+    assert_equal(RunningMean(one, one, one * 0, one).mean(), 0.5)
+
+  def test_merge_of_shapes(self):
+    with self.assertRaisesRegex(ValueError, r"shape \(\) .* shape \(3,\)"):
+      RunningMean.empty().merge(RunningMean.empty((3,)))
 
   def test_denominator(self):
     state = RunningMean.empty()
@@ -565,6 +672,12 @@ class RunningMeanTest(parameterized.TestCase):
     assert_equal(state.mean(), 0.75)
     with self.assertRaisesRegex(TypeError, "float32 or float64, not bfloat16"):
       RunningMean.empty(dtype="bfloat16")
+    with self.assertRaisesRegex(TypeError, "must be real, .* complex"):
+      state.update(jnp.array([1j]))
+    if jax.config.jax_enable_x64:  # Too large for the state, but not their sum.
+      x = jnp.array([1e39, 2.0, -1e39, 2.0])
+      assert_equal(RunningMean.empty().update(x[::2]).mean(), 0)
+      assert_equal(RunningMean.empty(dtype="float64").update(x[1::2]).mean(), 2)
 
 
 class OptaxTest(absltest.TestCase):
