@@ -455,8 +455,7 @@ class _Terms:
     if self.where is None:
       return jnp.full(self.result_shape, self.size, dtype)
     x = jnp.broadcast_to(self.where, self.shape)
-    exact = dtype if self.size > _most() else int
-    return jnp.sum(x, self.axes, dtype=exact).astype(dtype)
+    return jnp.sum(x, self.axes, dtype=dtype)
 
   def denominator(
     self, given: jax.typing.ArrayLike | None, dtype: Any, axis_name: AxisName
@@ -481,13 +480,14 @@ def _over(axis_name: AxisName, x: jax.Array) -> jax.Array:
   # One by one: `shard_map` refuses several if `x` varies over some of them.
   for name in axis_name if isinstance(axis_name, tuple) else (axis_name,):
     try:
-      x = jax.lax.psum(x, name)
+      jax.lax.psum(1, name)  # Its size is known, and no sum is made.
     except NameError:
       raise NameError(
         f"`axis_name` {name!r} names no mapped axis here. Call it inside of"
         " `shard_map`, `pmap` or `vmap`, and without `axis_name` elsewhere, as"
         " for sharded arrays under `jit`."
       ) from None
+    x = jax.lax.psum(x, name)
   return x
 
 

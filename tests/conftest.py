@@ -25,7 +25,10 @@ SLOW = (
   "test_segmentation.py",
   "test_self_supervised.py",
   "test_examples.py",
-  "test_guard.py",
+  "test_of_losses",
+  "MicrobatchesTest",
+  "MappedAxisTest::test_derivatives",
+  "test_guard",
   "test_audit.py",
   "test_pytest_plugin.py",
 )

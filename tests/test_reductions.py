@@ -19,6 +19,7 @@ from cases import (
   assert_equal,
   float_poisons,
 )
+from test_transforms import shard_map
 
 import optax_masking as optax
 from optax_masking import reductions
@@ -412,6 +413,21 @@ class ErrorsTest(parameterized.TestCase):
       for transform in (jax.jit, jax.grad, lambda f: jax.jit(jax.grad(f))):
         self.assertTrue(jnp.isfinite(transform(run)(x)).all())
       jax.lax.scan(lambda c, x, run=run: (c + run(x), None), 0.0, x[None])
+
+  def test_axis_name(self):
+    """Of no map, or misspelt."""
+    x = jnp.ones((1, 3))
+    mean = functools.partial(masked_mean, axis_name="rows")
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("row",))
+    specs = jax.sharding.PartitionSpec("row"), jax.sharding.PartitionSpec()
+    for call in (
+      mean,
+      jax.jit(mean),
+      jax.vmap(mean, axis_name="row"),
+      shard_map(mean, mesh=mesh, in_specs=specs[0], out_specs=specs[1]),
+    ):
+      with self.assertRaisesRegex(NameError, "'rows' names no mapped axis"):
+        call(x)
 
   def test_count_of_a_mask(self):
     with self.assertRaisesRegex(TypeError, r"masked_count\(mask, mask\)"):
