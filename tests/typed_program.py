@@ -57,10 +57,9 @@ def main() -> None:
   total += optax.smooth_labels(logits, 0.1, where=mask).sum()
   total += own_loss(logits, logits, where=mask).sum()
   total += masked_mean(logits, mask, -1, weights=2.0, axis_name=None).sum()
-  running: RunningMean = sum(
-    (RunningMean.empty().update(row) for row in logits), RunningMean.empty()
-  )
-  total += optax.reductions.masked_count(logits) * running.mean()
+  running: RunningMean = RunningMean.empty((4,)).update(logits, axis=0)
+  running = running.merge(running)
+  total += optax.reductions.masked_count(logits) * running.mean().sum()
   report: Report = assert_mask_safe(
     optax.squared_error, logits, 2 * logits, where=mask[:, None], samples=2
   )
