@@ -47,6 +47,7 @@ from optax_masking import (
   reductions as reductions,
 )
 from optax_masking._masking import masked_inputs as masked_inputs
+from optax_masking._patch import patch as patch
 from optax_masking.losses import __all__ as _names
 
 # The masked losses, those of them that Optax has at its top.

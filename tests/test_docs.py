@@ -100,6 +100,7 @@ def test_readme_links():
   [
     *MASKED,
     "masked_inputs",
+    "patch",
     "assert_mask_safe",
     "check_mask_safe",
     "masked_sum",

@@ -1,5 +1,6 @@
 """Tests that need a process of their own."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -51,8 +52,14 @@ def test_eight_devices():
 
 @pytest.mark.slow
 def test_optax_with_masked_losses():
-  """Optax's own tests of its losses, with the masked ones in their place."""
-  run_pytest("-p", "masked_optax", "-W", "ignore", "--pyargs", "optax.losses")
+  """Optax's own tests of its losses, with the masked ones in their place.
+
+  And the one of its other tests that uses a loss, where its data are installed.
+  """
+  masked = ("-p", "masked_optax", "-W", "ignore", "--pyargs")
+  run_pytest(*masked, "optax.losses")
+  if importlib.util.find_spec("sklearn"):
+    run_pytest(*masked, "optax._src.alias_test", "-k", "multiclass_logreg")
 
 
 def test_typed_program():

@@ -18,7 +18,8 @@ from cases import CASES, MASKED, PASSED_THROUGH
 import optax_masking as optax
 
 OWN_MODULES = {"fills", "reductions"}
-OWN = {"masked_inputs", "losses"} | OWN_MODULES | set(MASKED)
+OWN_FUNCTIONS = {"masked_inputs", "patch"}
+OWN = {"losses"} | OWN_FUNCTIONS | OWN_MODULES | set(MASKED)
 
 
 def run(statements):
@@ -103,7 +104,7 @@ class SwapTest(parameterized.TestCase):
     added.discard("testing")  # It is there once it is imported.
     self.assertEqual(
       {n for n in added if not n.startswith("_")},
-      {"masked_inputs"} | OWN_MODULES,
+      OWN_FUNCTIONS | OWN_MODULES,
     )
     for module in pkgutil.iter_modules(optax.__path__):
       if module.name != "losses" and not module.name.startswith("_"):

@@ -60,6 +60,8 @@ def main() -> None:
   running: RunningMean = RunningMean.empty((4,)).update(logits, axis=0)
   running = running.merge(running)
   total += optax.reductions.masked_count(logits) * running.mean().sum()
+  with optax.patch("kl_divergence"):
+    total += optax.kl_divergence(logits, logits).sum()
   report: Report = assert_mask_safe(
     optax.squared_error, logits, 2 * logits, where=mask[:, None], samples=2
   )
