@@ -164,9 +164,9 @@ def canonicalize_where(
 ) -> jax.Array:
   """Checks a mask against the shape of the data and gives it the same rank."""
   where = boolean(where)
-  return jnp.expand_dims(
-    where, missing_axes("where", where.shape, shape, axes, refuse_ambiguous)
-  )
+  missing = missing_axes("where", where.shape, shape, axes, refuse_ambiguous)
+  # One of the same rank is passed on: even to add no axis takes microseconds.
+  return jnp.expand_dims(where, missing) if missing else where
 
 
 def missing_axes(
