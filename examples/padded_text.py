@@ -47,6 +47,10 @@ def find_sentences() -> list[str]:
   return sorted({p for p in parts if p.isascii() and pattern.fullmatch(p)})
 
 
+def find_characters(sentences: Sequence[str]) -> str:
+  return END + "".join(sorted(set("".join(sentences))))
+
+
 def encode(text: str, characters: str) -> list[int]:
   return [characters.index(c) for c in text]
 
@@ -97,8 +101,16 @@ def masked_losses(
   ), mask
 
 
-def masked_loss(params: Params, labels: jax.Array) -> jax.Array:
-  return reductions.masked_mean(*masked_losses(params, labels))
+def masked_loss(
+  params: Params,
+  labels: jax.Array,
+  denominator: jax.Array | None = None,
+  axis_name: str | None = None,
+) -> jax.Array:
+  """The mean over all characters, of all devices if their axis has a name."""
+  return reductions.masked_mean(
+    *masked_losses(params, labels), denominator=denominator, axis_name=axis_name
+  )
 
 
 def multiplied_loss(params: Params, labels: jax.Array) -> jax.Array:
@@ -197,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   sentences = find_sentences()
   np.random.default_rng(0).shuffle(sentences)
   lengths = [len(sentence) for sentence in sentences]
-  characters = END + "".join(sorted(set("".join(sentences))))
+  characters = find_characters(sentences)
   sequences = [encode(s + END, characters) for s in sentences]
   count = len(sequences) // 10
   held_out, train_set = pad(sequences[:count]), pad(sequences[count:])
