@@ -25,6 +25,8 @@ SLOW = (
   "test_segmentation.py",
   "test_self_supervised.py",
   "test_examples.py",
+  "TangentsTest",
+  "PrecisionTest",
   "test_of_losses",
   "MicrobatchesTest",
   "MappedAxisTest::test_derivatives",
