@@ -113,7 +113,9 @@ def dtype_without_sharding(
   """
   structs = {
     name: jax.ShapeDtypeStruct(
-      jnp.shape(x), jnp.result_type(x), weak_type=getattr(x, "weak_type", False)
+      jnp.shape(x),
+      jnp.result_type(x),
+      weak_type=getattr(x, "weak_type", False),
     )
     for name, x in arrays.items()
     if hasattr(x, "shape")
@@ -217,9 +219,10 @@ def missing_axes(
     and expanded(axes) != expanded(right_aligned)
   ):
     raise ValueError(
-      f"`{name}` of shape {x_shape} fits data of shape {shape} in two ways: as"
-      f" one entry an example, {name}{_indexed(axes, rank)}, and aligned to the"
-      f" last axis, {name}{_indexed(right_aligned, rank)}. Pass one of the two."
+      f"`{name}` of shape {x_shape} fits data of shape {shape} in two ways:"
+      f" as one entry an example, {name}{_indexed(axes, rank)}, and aligned to"
+      f" the last axis, {name}{_indexed(right_aligned, rank)}. Pass one of the"
+      " two."
     )
   return axes
 

@@ -22,13 +22,12 @@ construction, whatever the loss. What is left to choose for each argument of a
 loss is the *neutral fill*: one that adds nothing to the result (clause 3) and
 keeps every intermediate value and derivative finite (clause 7). Most fills are
 constants. Where none will do, since the argument is normalized along the
-reduced axes, the fill is a function of the included elements: `below_maximum`
-for a softmax, `zero_unless_empty` for a norm.
+reduced axes, the fill is a function of the included elements.
 
 On the way out, a slice with nothing included is replaced by 0 (clause 4).
 
-A loss may have a `formula` that takes its place under a mask, such as those of
-`_cross_entropy`. It need not fill what it selects elsewhere, but owes the same.
+A loss may have a `formula` that takes its place under a mask. It need not fill
+what it selects elsewhere, but owes the same.
 """
 
 import contextlib
@@ -119,20 +118,15 @@ def masked_inputs(
       it. An argument not named keeps its garbage.
 
       * A number. For an argument of integers it is cut off to one.
-      * ``optax_masking.fills.PerExample(number)`` for an argument with one
-        entry an example, so without ``axis``. Two of them mask, too:
-        ``optax_masking.fills.class_index`` is for integer class labels (a
-        masked example gets class 0, and an example whose own class is masked
-        counts as masked), ``optax_masking.fills.paddings`` for indicators that
-        are 1 for an example to mask.
+      * A :class:`optax_masking.fills.PerExample` for an argument with one
+        entry an example, so without ``axis``, such as integer class labels.
       * For an argument that the loss normalizes along ``axis``, a function
-        ``fill(x, where, axes)`` that returns the filled ``x``, such as
-        :func:`optax_masking.fills.below_maximum` for the logits of a softmax,
-        :func:`optax_masking.fills.far_below` for the scores of a maximum and
-        :func:`optax_masking.fills.zero_unless_empty` for what is divided by
-        its norm. ``where`` has the rank of ``S``, size 1 along those of
-        ``axes`` where ``x`` has, and ``x`` broadcasts with it. An ``x`` that
-        broadcasts along ``axis`` is masked where all that it meets is.
+        ``fill(x, where, axes)`` that returns the filled ``x``, such as those of
+        :mod:`optax_masking.fills` for the logits of a softmax, the scores of a
+        maximum and what is divided by its norm. ``where`` has the rank of
+        ``S``, size 1 along those of ``axes`` where ``x`` has, and ``x``
+        broadcasts with it. An ``x`` that broadcasts along ``axis`` is masked
+        where all that it meets is.
 
       An argument of None is passed on as it is and, for a parameter whose
       default is a number, a Python scalar. With a ``formula`` a fill may be
@@ -339,8 +333,8 @@ def _masked_call(
     raise ValueError(
       f"{getattr(written, '__name__', written)} returned the shape"
       f" {jnp.shape(result)} for data of shape {shape}, not"
-      f" {shape if elementwise else examples}. A loss to be masked reduces the"
-      " `axis` that it declares; without one it returns a value for each"
+      f" {shape if elementwise else examples}. A loss to be masked reduces"
+      " the `axis` that it declares; without one it returns a value for each"
       " element. One that reduces more needs `reduces_batch=True`."
     )
   if formula is not None:

@@ -1,8 +1,14 @@
 """Neutral fills that no constant can be.
 
 Each is called with an argument `x`, the mask `where` and the reduced `axes`.
-`where` has the rank of the data, and `x` broadcasts with it. A `PerExample`,
-`class_index` and `paddings` are for arguments with one entry an example.
+`where` has the rank of the data, and `x` broadcasts with it.
+
+* `below_maximum` is for the logits of a softmax, `far_below` for the scores of
+  a maximum, `zero_unless_empty` for vectors that are divided by their norm.
+* `PerExample(number)` is for an argument with one entry an example. Two of them
+  mask, too: `class_index`, for integer class labels (a masked example gets
+  class 0, and an example whose own class is masked counts as masked), and
+  `paddings`, for indicators that are 1 for an example to mask.
 """
 
 import dataclasses

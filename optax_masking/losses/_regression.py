@@ -16,7 +16,8 @@ def _of_error(
 ) -> Callable[..., jax.Array]:
   """Makes the formula of a loss of the error that is 0 at 0, as its slope is.
 
-  The error is selected once, in the loop that subtracts, and not the loss.
+  The error is selected once, in the loop that subtracts, and not the loss. This
+  is called by its name, as it may be the one that is being decorated.
   """
 
   @jax.custom_jvp
@@ -52,7 +53,10 @@ def _error(predictions, targets, where):
 @masked_inputs(
   predictions=None,
   targets=None,
-  formula=_of_error(original.squared_error, lambda error: 2 * error),
+  formula=_of_error(
+    lambda error: original.squared_error(error),
+    lambda error: 2 * error,
+  ),
   compiled=True,
 )
 def squared_error(
@@ -104,7 +108,10 @@ def squared_error(
 @masked_inputs(
   predictions=None,
   targets=None,
-  formula=_of_error(original.l2_loss, lambda error: error),
+  formula=_of_error(
+    lambda error: original.l2_loss(error),
+    lambda error: error,
+  ),
   compiled=True,
 )
 def l2_loss(
@@ -204,7 +211,7 @@ def huber_loss(
 @masked_inputs(
   predictions=None,
   targets=None,
-  formula=_of_error(original.log_cosh, jnp.tanh),
+  formula=_of_error(lambda error: original.log_cosh(error), jnp.tanh),
   compiled=True,
 )
 def log_cosh(

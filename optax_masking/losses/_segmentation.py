@@ -159,8 +159,8 @@ def _check_probabilities(probabilities, where):
   sums = select(jnp.all(where, -1), jnp.sum(probabilities, -1), 1)
   if not jnp.allclose(sums, 1.0, rtol=1e-5):
     raise ValueError(
-      "With apply_softmax=False the predictions must be probabilities that add"
-      " up to 1 along the last axis, but the sums are between"
+      "With apply_softmax=False the predictions must be probabilities that"
+      " add up to 1 along the last axis, but the sums are between"
       f" {jnp.min(sums):.6f} and {jnp.max(sums):.6f}."
     )
 

@@ -209,7 +209,7 @@ def _check_sizes(anchors, positives, negatives, axis):
     padded = (1,) * (len(shape) - len(given)) + given
     if any(padded[a] != shape[a] for a in axes):
       raise ValueError(
-        "With a mask `anchors`, `positives` and `negatives` must have the same"
-        f" size along the axes {axes}, but their shapes are {shapes}. Broadcast"
-        " them."
+        "With a mask `anchors`, `positives` and `negatives` must have the"
+        f" same size along the axes {axes}, but their shapes are {shapes}."
+        " Broadcast them."
       )
