@@ -108,8 +108,8 @@ def dtype_without_sharding(
 ) -> Any:
   """The dtype of a loss without a mask, or its refusal.
 
-  Optax gathers from the logits, which is refused if their classes are sharded
-  over an explicit mesh. That is no matter of the arguments.
+  A loss may gather from its logits, which is refused if their classes are
+  sharded over an explicit mesh. That is no matter of the arguments.
   """
   structs = {
     name: jax.ShapeDtypeStruct(
@@ -220,9 +220,9 @@ def missing_axes(
   ):
     raise ValueError(
       f"`{name}` of shape {x_shape} fits data of shape {shape} in two ways:"
-      f" as one entry an example, {name}{_indexed(axes, rank)}, and aligned to"
-      f" the last axis, {name}{_indexed(right_aligned, rank)}. Pass one of the"
-      " two."
+      f" as one entry an example, {name}{_indexed(axes, rank)}, and aligned"
+      f" to the last axis, {name}{_indexed(right_aligned, rank)}. Pass one of"
+      " the two."
     )
   return axes
 

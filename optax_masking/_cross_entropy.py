@@ -96,7 +96,7 @@ def of_probabilities(
     shape = jnp.broadcast_shapes(logits.shape, labels.shape)
   logits = jnp.broadcast_to(logits, shape)
   labels = jnp.broadcast_to(labels, shape)
-  if jnp.finfo(labels.dtype).bits > 32:  # As Optax, in the wider of the two.
+  if jnp.finfo(labels.dtype).bits > 32:  # In the wider of the two.
     logits = logits.astype(labels.dtype)
   loss, _, _ = _of_probabilities(logits, labels, where, axes)
   included = jnp.any(where, axes, keepdims=True)
@@ -152,7 +152,7 @@ def _of_probabilities(logits, labels, where, axes):
   """The loss, and what its derivative needs to compute the softmax anew."""
   top, total = _normalizer(logits, where, axes)
   total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
-  total += 0 * jnp.log(total)  # An infinite logit makes it NaN, as in Optax.
+  total += 0 * jnp.log(total)  # An infinite logit makes it NaN.
   # XLA for CPUs would write what two sums share.
   barrier = functools.partial(
     on_cpus, jax.lax.optimization_barrier, lambda x: x

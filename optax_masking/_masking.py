@@ -118,15 +118,17 @@ def masked_inputs(
       it. An argument not named keeps its garbage.
 
       * A number. For an argument of integers it is cut off to one.
-      * A :class:`optax_masking.fills.PerExample` for an argument with one
-        entry an example, so without ``axis``, such as integer class labels.
+      * A ``PerExample`` for an argument with one entry an example, so without
+        ``axis``, such as integer class labels.
       * For an argument that the loss normalizes along ``axis``, a function
-        ``fill(x, where, axes)`` that returns the filled ``x``, such as those of
-        :mod:`optax_masking.fills` for the logits of a softmax, the scores of a
-        maximum and what is divided by its norm. ``where`` has the rank of
-        ``S``, size 1 along those of ``axes`` where ``x`` has, and ``x``
-        broadcasts with it. An ``x`` that broadcasts along ``axis`` is masked
-        where all that it meets is.
+        ``fill(x, where, axes)`` that returns the filled ``x``: for the logits
+        of a softmax, the scores of a maximum, or what is divided by its norm.
+        ``where`` has the rank of ``S``, size 1 along those of ``axes`` where
+        ``x`` has, and ``x`` broadcasts with it. An ``x`` that broadcasts along
+        ``axis`` is masked where all that it meets is.
+
+      Such objects and functions are needed often. They are in
+      :mod:`optax_masking.fills`.
 
       An argument of None is passed on as it is and, for a parameter whose
       default is a number, a Python scalar. With a ``formula`` a fill may be

@@ -210,8 +210,14 @@ def sparsemax_loss(
 
 
 # At 0 and 0.5 every term and its derivatives are finite. At a hard label, and
-# integer labels know no other, Optax weights an infinity by 0.
-@masked_inputs(logits=0.0, labels=0.5, alpha=0.5, gamma=0.0, compiled=True)
+# integer labels know no other, the loss weights an infinity by 0.
+@masked_inputs(
+  logits=0.0,
+  labels=0.5,
+  alpha=0.5,
+  gamma=0.0,
+  compiled=True,
+)
 def sigmoid_focal_loss(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -276,7 +282,11 @@ def sigmoid_focal_loss(
 
 # exp(logit) is 0 and so is its derivative: the class is not in the normalizer.
 # Its log probability is finite, so that a label of 0 removes it from the sum.
-@masked_inputs(logits=below_maximum, labels=0.0, compiled=True)
+@masked_inputs(
+  logits=below_maximum,
+  labels=0.0,
+  compiled=True,
+)
 def safe_softmax_cross_entropy(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -456,7 +466,11 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 # What is far below the maximum does not change it, a margin of 1 included.
-@masked_inputs(scores=far_below, labels=class_index, compiled=True)
+@masked_inputs(
+  scores=far_below,
+  labels=class_index,
+  compiled=True,
+)
 def multiclass_hinge_loss(
   scores: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -510,7 +524,11 @@ def multiclass_hinge_loss(
 
 
 # As for multiclass_hinge_loss.
-@masked_inputs(scores=far_below, labels=class_index, compiled=True)
+@masked_inputs(
+  scores=far_below,
+  labels=class_index,
+  compiled=True,
+)
 def multiclass_perceptron_loss(
   scores: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -788,7 +806,11 @@ def generalized_kl_divergence(
     Boyd and Vandenberghe, `Convex Optimization
     <https://stanford.edu/~boyd/cvxbook/bv_cvxbook.pdf>`_, 2004, page 90.
   """
-  return original.generalized_kl_divergence(log_predictions, targets, axis=axis)
+  return original.generalized_kl_divergence(
+    log_predictions,
+    targets,
+    axis=axis,
+  )
 
 
 def convex_kl_divergence(
@@ -906,8 +928,8 @@ def ctc_loss_with_forward_probs(
   if where is None:
     return loss(labels, label_paddings)
   padding = jnp.asarray(label_paddings) == 1
-  # Optax compares the last label with the padding after it, and a label is
-  # never a blank.
+  # The last label is compared with the padding after it, and a label is never
+  # a blank.
   labels = jnp.where(padding, blank_id, labels)
   losses, *log_probs = loss(labels, label_paddings)
   # A label whose class is masked in all frames leaves the sequence no target.

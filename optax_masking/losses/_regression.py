@@ -16,8 +16,9 @@ def _of_error(
 ) -> Callable[..., jax.Array]:
   """Makes the formula of a loss of the error that is 0 at 0, as its slope is.
 
-  The error is selected once, in the loop that subtracts, and not the loss. This
-  is called by its name, as it may be the one that is being decorated.
+  The error is selected once, in the loop that subtracts, and not the loss. What
+  is passed here may look the loss up only when it is called: it may be the one
+  that is about to be defined.
   """
 
   @jax.custom_jvp
@@ -47,7 +48,8 @@ def _error(predictions, targets, where):
   predictions = select(where, predictions, 0)
   if targets is None:
     return predictions
-  return select(where, predictions - select(where, targets, 0), 0)
+  targets = select(where, targets, 0)
+  return select(where, predictions - targets, 0)
 
 
 @masked_inputs(

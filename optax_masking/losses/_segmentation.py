@@ -131,7 +131,7 @@ def _masked_pixels(predictions, targets, where, apply_softmax, channel=False):
   shape = max(jnp.shape(predictions), jnp.shape(targets), key=len)
   shape = (*shape, 1) if channel else shape
   classes = (len(shape) - 1,)
-  where = canonicalize_where(where, shape, classes, refuse_ambiguous=False)
+  where = canonicalize_where(where, shape, classes, False)
 
   def masked(x):
     if jnp.ndim(x) == len(shape):
@@ -143,17 +143,19 @@ def _masked_pixels(predictions, targets, where, apply_softmax, channel=False):
     with contextlib.suppress(jax.errors.ConcretizationTypeError):
       _check_probabilities(jax.lax.stop_gradient(probabilities), where)
   elif shape[-1] == 1:
-    probabilities = select(where, jax.nn.sigmoid(masked(predictions)), 0)
+    probabilities = jax.nn.sigmoid(masked(predictions))
   else:
     if not jnp.issubdtype(jnp.result_type(predictions), jnp.floating):
       predictions = jnp.asarray(predictions, float)
-    probabilities = jax.nn.softmax(below_maximum(predictions, where, classes))
+    filled = below_maximum(predictions, where, classes)
+    probabilities = jax.nn.softmax(filled)
+  if apply_softmax:
     probabilities = select(where, probabilities, 0)
   return probabilities, masked(targets), jnp.broadcast_to(where, shape)
 
 
 def _check_probabilities(probabilities, where):
-  """Optax's check, of pixels of which no class is masked."""
+  """Checks the pixels of which no class is masked."""
   if probabilities.shape[-1] == 1:
     return
   sums = select(jnp.all(where, -1), jnp.sum(probabilities, -1), 1)
@@ -181,7 +183,9 @@ def _losses_of_classes(
     axis = tuple(range(1, probabilities.ndim - 1))
   included = jnp.any(where, axis)
   # Without a pixel it is 1 - (0 + 1) / (0 + 1).
-  smooth, alpha, beta = (select(included, x, 1) for x in (smooth, alpha, beta))
+  smooth = select(included, smooth, 1)
+  alpha = select(included, alpha, 1)
+  beta = select(included, beta, 1)
   intersection = jnp.sum(probabilities * targets, axis)
   false_positives = jnp.sum(probabilities, axis) - intersection
   false_negatives = jnp.sum(targets, axis) - intersection
@@ -343,9 +347,8 @@ def binary_dice_loss(
   )
   if axis is not None:
     shape = jnp.shape(predictions)
-    axis = (
-      canonicalize_axes(axis, shape) if channel else _pixel_axes(axis, shape)
-    )
+    to_axes = canonicalize_axes if channel else _pixel_axes
+    axis = to_axes(axis, shape)
   where = True if where is None else where
   p, t, mask = _masked_pixels(
     predictions, targets, where, apply_sigmoid, channel

@@ -20,7 +20,7 @@ from optax_masking.fills import (
 from optax_masking.losses._original import original
 
 
-# 0 adds nothing to a product or a norm. Optax keeps norms from being 0, but so
+# 0 adds nothing to a product or a norm. The norms are kept from being 0, but so
 # near to it that in float16 the second derivative would overflow.
 @masked_inputs(
   embeddings=zero_unless_empty,
@@ -97,7 +97,8 @@ def ntxent(
   same = jnp.expand_dims(labels, 1) == jnp.asarray(labels)
   positive, negative = pairs & same, pairs & ~same
   any_negative = jnp.any(negative, -1, keepdims=True)
-  logs = jax.nn.logsumexp(far_below(x, negative, (1,)), -1, keepdims=True)
+  filled = far_below(x, negative, (1,))
+  logs = jax.nn.logsumexp(filled, -1, keepdims=True)
   # Without a negative pair it is the logarithm of x over x, NaN if x is.
   losses = jnp.where(any_negative, jax.nn.softplus(logs - x), x - x)
   losses = select(positive, losses, 0)
@@ -197,14 +198,14 @@ def _triplet_margin_loss(
 def _check_sizes(anchors, positives, negatives, axis):
   """Refuses vectors that broadcast along the axis.
 
-  Optax adds up each distance over its own entries, a mask has those of all.
+  Each distance is a sum over its own entries, and a mask has those of all.
   """
   shapes = [np.shape(x) for x in (anchors, positives, negatives)]
   try:
     shape = jnp.broadcast_shapes(*shapes)
     axes = canonicalize_axes(axis, shape)
   except (TypeError, ValueError):
-    return  # Optax has a message for that.
+    return  # There is another message for that.
   for given in shapes:
     padded = (1,) * (len(shape) - len(given)) + given
     if any(padded[a] != shape[a] for a in axes):
