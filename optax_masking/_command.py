@@ -1,6 +1,7 @@
 """The command `optax-masking`."""
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -12,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 
 import optax_masking
-from optax_masking import _audit, _audit_formats
+from optax_masking import _audit, _audit_formats, _staging, _upstream
 
 FORMATS = ("text", "markdown", "json", "github", "html")
 
@@ -32,10 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   _add_audit(commands)
+  _add_stage(commands)
+  _add_status(commands)
   given = parser.parse_args(arguments)
   try:
     return given.run(given)
-  except UsageError as error:
+  except (UsageError, _staging.StagingError) as error:
     given.parser.print_usage(sys.stderr)
     print(f"{given.parser.prog}: error: {error}", file=sys.stderr)
     return 2
@@ -224,7 +228,10 @@ def _check_writable(file: str) -> None:
 
 def _write(text: str, file: str | None) -> None:
   if file is not None:
-    pathlib.Path(file).write_text(text, encoding="utf-8")
+    try:
+      pathlib.Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+      raise UsageError(f"{file} can't be written: {error}") from error
     return
   encoding = sys.stdout.encoding or "utf-8"
   sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
@@ -306,3 +313,103 @@ class _Progress:
     if self.terminal:
       sys.stderr.write("\r\x1b[K")
       sys.stderr.flush()
+
+
+_CHECKOUT = (
+  "a git checkout of Optax, or a copy of the folder that has the package optax"
+)
+
+
+def _add_stage(commands: Any) -> None:
+  parser = commands.add_parser(
+    "stage",
+    help="put masked losses into the source of an Optax",
+    description=(
+      "Masks losses of Optax in its own source: edits the files of CHECKOUT and"
+      " nothing else, so that it can be tested and proposed to Optax. With"
+      " --patch, --dry-run or --message CHECKOUT stays as it is."
+    ),
+    epilog=(
+      "Exit status: 0 if CHECKOUT has the losses, or what was asked for is"
+      " written; 2 if it is not understood, with the reason. It is not changed"
+      " then."
+    ),
+  )
+  parser.add_argument("checkout", metavar="CHECKOUT", help=_CHECKOUT)
+  parser.add_argument(
+    "--loss",
+    action="append",
+    default=[],
+    metavar="NAME",
+    help="mask this loss, and what it calls, alone; may be repeated",
+  )
+  output = parser.add_mutually_exclusive_group()
+  output.add_argument(
+    "--patch", metavar="FILE", help="write a patch for git apply to FILE"
+  )
+  output.add_argument("--dry-run", action="store_true", help="print the patch")
+  output.add_argument(
+    "--message",
+    action="store_true",
+    help="print the description of a pull request, with an audit of both",
+  )
+  parser.set_defaults(run=_run_stage, parser=parser)
+
+
+def _run_stage(given: argparse.Namespace) -> int:
+  checkout = _staging.Checkout.at(given.checkout)
+  if given.message:
+    _write(_upstream.message(checkout, given.loss), None)
+    return 0
+  fixed = functools.partial(_upstream.is_fixed, checkout)
+  staging = _staging.stage(checkout, given.loss, fixed)
+  if given.dry_run:
+    _write(staging.patch(), None)
+  elif given.patch:
+    _check_writable(given.patch)
+    _write(staging.patch(), given.patch)
+  elif checkout.root.name in ("site-packages", "dist-packages"):
+    raise UsageError(
+      f"{checkout.root} is where Optax is installed. Stage a copy of it: the"
+      " folder optax, in a folder of its own"
+    )
+  for name, why in staging.skipped.items():
+    print(f"{name}: {why}", file=sys.stderr)
+  if given.dry_run:
+    return 0
+  for change in staging.changes:
+    print(f"{change.file}: {change}")
+  if not staging.changes:
+    print("There is nothing to change.")
+  elif not given.patch:
+    staging.write()
+    print(
+      f"Test it in {checkout.root} with"
+      " PYTHONPATH=. python -m pytest optax/losses"
+    )
+  return 0
+
+
+def _add_status(commands: Any) -> None:
+  parser = commands.add_parser(
+    "status",
+    help="list the pull requests that are still to be made to Optax",
+    description=(
+      "Tells of each loss of CHECKOUT what it has by itself (`axis`, `where`,"
+      " the clauses of the mask contract that a quick audit finds kept) and"
+      " what a stage would add: first those that fix NaN gradients."
+    ),
+  )
+  parser.add_argument(
+    "checkout",
+    metavar="CHECKOUT",
+    nargs="?",
+    help=f"{_CHECKOUT}; by default the Optax that is installed",
+  )
+  parser.set_defaults(run=_run_status, parser=parser)
+
+
+def _run_status(given: argparse.Namespace) -> int:
+  folder = given.checkout or pathlib.Path(optax.__file__).parent
+  _write(_upstream.status(_staging.Checkout.at(folder)), None)
+  return 0

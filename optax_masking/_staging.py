@@ -24,7 +24,6 @@ from collections.abc import (
   Callable,
   Collection,
   Iterable,
-  Iterator,
   Mapping,
   Sequence,
 )
@@ -85,7 +84,15 @@ LOSSES = tuple(_KNOWN)
 
 
 class StagingError(Exception):
-  """A checkout, or a loss in it, that is not understood."""
+  """A checkout, or a loss in it, that is not understood.
+
+  Attributes:
+    reasons: Which losses are not, each with the reason.
+  """
+
+  def __init__(self, message: str, reasons: Mapping[str, str] | None = None):
+    super().__init__(message)
+    self.reasons = reasons or {}
 
 
 # Modules as text.
@@ -688,6 +695,19 @@ class Checkout:
 
 
 @dataclasses.dataclass(frozen=True)
+class Change:
+  """A file that changes, or a new one, whose old text is empty."""
+
+  file: str
+  old: str
+  new: str
+
+  def __str__(self) -> str:
+    lines = len(self.new.splitlines()) - len(self.old.splitlines())
+    return f"{lines} lines more" if self.old else f"new, {lines} lines"
+
+
+@dataclasses.dataclass(frozen=True)
 class Staging:
   """What putting losses into a checkout comes to.
 
@@ -708,25 +728,34 @@ class Staging:
     for path, text in self.texts.items():
       if root is not None:
         path = root / path.relative_to(self.checkout.root)
-      path.write_text(text, encoding="utf-8")
+      try:
+        path.write_text(text, encoding="utf-8")
+      except OSError as error:
+        raise StagingError(f"{path} can't be written: {error}.") from error
 
-  def changes(self) -> Iterator[tuple[str, str, str]]:
-    """Each file's name, its old text and its new one."""
-    for path, text in sorted(self.texts.items()):
-      name = path.relative_to(self.checkout.root).as_posix()
-      old = path.read_text(encoding="utf-8") if path.is_file() else ""
-      yield name, old, text
+  @functools.cached_property
+  def changes(self) -> tuple[Change, ...]:
+    """The files that change, as they were before it was written."""
+    return tuple(
+      Change(
+        path.relative_to(self.checkout.root).as_posix(),
+        path.read_text(encoding="utf-8") if path.is_file() else "",
+        text,
+      )
+      for path, text in sorted(self.texts.items())
+    )
 
   def patch(self) -> str:
     """The changes as `git apply` takes them."""
     parts = []
-    for name, old, new in self.changes():
-      parts.append(f"diff --git a/{name} b/{name}\n")
-      if not old:
+    for change in self.changes:
+      old, new = f"a/{change.file}", f"b/{change.file}"
+      parts.append(f"diff --git {old} {new}\n")
+      if not change.old:
         parts.append("new file mode 100644\n")
-      before = f"a/{name}" if old else "/dev/null"
-      lines = (old.splitlines(True), new.splitlines(True))
-      parts += difflib.unified_diff(*lines, before, f"b/{name}")
+        old = "/dev/null"
+      lines = (change.old.splitlines(True), change.new.splitlines(True))
+      parts += difflib.unified_diff(*lines, old, new)
     return "".join(parts)
 
 
@@ -796,7 +825,8 @@ def stage(
         + ("it." if len(reasons) == 1 else "these.")
         if others and set(names) - reasons.keys()
         else "Stage it by hand, or see whether there is a newer optax_masking."
-      )
+      ),
+      reasons,
     )
   return Staging(checkout, _new_texts(checkout, todo), tuple(todo), skipped)
 
