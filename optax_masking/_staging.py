@@ -843,7 +843,8 @@ def _changed(loss: ast.FunctionDef) -> str:
   return (
     "its body or its parameters have changed"
     + (f" (it takes {' and '.join(f'`{a}`' for a in has)})" if has else "")
-    + ", so that its wrapper may no longer fit"
+    + ", so that its wrapper may no longer fit; its fingerprint is"
+    f" {fingerprint(loss)}"
   )
 
 
