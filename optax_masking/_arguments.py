@@ -71,8 +71,7 @@ def constants_and_inputs(
       name not in to_fill
       and not is_array
       and (
-        x is None
-        or isinstance(x, int | str | tuple)
+        isinstance(x, int | str | tuple | None)
         or x is signature.parameters[name].default
       )
       and _is_hashable(x)
@@ -260,6 +259,43 @@ def shape_of_examples(name: str, x: Any, shape: Shape, axes: Axes) -> Shape:
     )
   sizes = iter((1,) * missing + given)
   return tuple(1 if a in axes else next(sizes) for a in range(len(shape)))
+
+
+def fill_all(
+  arrays: Mapping[str, Any],
+  fills: Mapping[str, Fill | None],
+  axis: Axis,
+  where: jax.Array,
+  refuse_ambiguous: bool,
+) -> tuple[Shape, Axes, jax.Array, dict[str, jax.Array]]:
+  """Replaces the masked elements of all arguments.
+
+  Returns the shape of the data, the axes, the mask with the rank of the data,
+  and the filled arguments.
+  """
+  data = {
+    n: x for n, x in arrays.items() if not isinstance(fills[n], PerExample)
+  }
+  shape = jnp.broadcast_shapes(*map(jnp.shape, data.values()))
+  axes = canonicalize_axes(axis, shape)
+  for name, x in data.items():
+    if callable(fills[name]) or fills[name] is None:
+      check_axis_of(name, jnp.shape(x), shape, axis)
+  per_example = {n: x for n, x in arrays.items() if n not in data}
+  shape = jnp.broadcast_shapes(
+    shape,
+    *(shape_of_examples(n, x, shape, axes) for n, x in per_example.items()),
+  )
+  where = canonicalize_where(where, shape, axes, refuse_ambiguous)
+  for name, x in per_example.items():
+    fill = fills[name]
+    if isinstance(fill, PerExample) and fill.keeps is not None:
+      where = where & fill.keeps(x, where, shape, axes)
+  filled = {
+    name: fill_masked(name, x, where, fills[name], axes)
+    for name, x in arrays.items()
+  }
+  return shape, axes, where, filled
 
 
 def fill_masked(

@@ -43,13 +43,10 @@ from optax_masking._arguments import (
   arrays_to_fill,
   boolean,
   canonicalize_axes,
-  canonicalize_where,
   check_accepted,
-  check_axis_of,
   constants_and_inputs,
   dtype_without_sharding,
-  fill_masked,
-  shape_of_examples,
+  fill_all,
 )
 from optax_masking._signatures import (
   accepting_axis_and_where,
@@ -281,31 +278,9 @@ def _masked_call(
     call = inspect.BoundArguments(signature, {**arguments, **changes})
     return loss(*call.args, **call.kwargs)
 
-  def without_mask():
-    return evaluate(where=None)
-
-  data = {
-    n: x for n, x in arrays.items() if not isinstance(fills[n], PerExample)
-  }
-  shape = jnp.broadcast_shapes(*map(jnp.shape, data.values()))
-  axes = canonicalize_axes(axis, shape)
-  for name, x in data.items():
-    if callable(fills[name]) or fills[name] is None:
-      check_axis_of(name, jnp.shape(x), shape, axis)
-  per_example = {n: x for n, x in arrays.items() if n not in data}
-  shape = jnp.broadcast_shapes(
-    shape,
-    *(shape_of_examples(n, x, shape, axes) for n, x in per_example.items()),
+  shape, axes, where, filled = fill_all(
+    arrays, fills, axis, where, refuse_ambiguous_where
   )
-  where = canonicalize_where(where, shape, axes, refuse_ambiguous_where)
-  for name, x in per_example.items():
-    fill = fills[name]
-    if isinstance(fill, PerExample) and fill.keeps is not None:
-      where = where & fill.keeps(x, where, shape, axes)
-  filled = {
-    name: fill_masked(name, x, where, fills[name], axes)
-    for name, x in arrays.items()
-  }
   examples = tuple(s for a, s in enumerate(shape) if a not in axes)
   if 0 in shape:
     formula = None  # There is nothing to fill.
@@ -318,10 +293,11 @@ def _masked_call(
   else:
     # It may not broadcast what a fill has broadcast.
     if any(
-      getattr(x, "shape", None) != (shape if name in data else examples)
+      getattr(x, "shape", None)
+      != (examples if isinstance(fills[name], PerExample) else shape)
       for name, x in arrays.items()
     ):
-      check_accepted(without_mask)
+      check_accepted(lambda: evaluate(where=None))
     result = evaluate(**filled, where=jnp.broadcast_to(where, shape))
 
   if reduces_batch:

@@ -157,6 +157,8 @@ def _values_and_gradients(loss, arrays, where):
 
 
 class MaskTest(parameterized.TestCase):
+  """Of every loss that takes `where`."""
+
   @parameterized.named_parameters(*_CASES)
   def test_garbage(self, loss, arrays):
     """It changes no value and no gradient, and has a gradient of 0."""

@@ -355,7 +355,7 @@ def _engine_text(names: Iterable[str]) -> str:
   main = _own("_masking")
   docstring = main.source(main.tree.body[0])
   code = _joined([(node, statements[node].source(node)) for node in kept])
-  text = f"{docstring}\n{_joined_imports(imports)}\n\n{code}"
+  text = f"{docstring}\n{_joined_imports(imports)}\n{code}"
   # The examples are for a package that exports the decorator.
   text = re.sub(r"\n\n +Examples:\n.*?(?=\n +\"\"\")", "", text, flags=re.S)
   return re.sub(r" They are in\s+:mod:`optax_masking\.fills`\.", "", text)
@@ -391,7 +391,7 @@ def _tests_text(names: Collection[str]) -> str:
   )
   docstring = module.source(body[0])
   lines = "".join(f"{s}\n" for s in sorted(imports, key=_sort_key))
-  return f"{docstring}\n{lines}\n\n{code}"
+  return f"{docstring}\n{lines}\n{code}"
 
 
 # Optax's side.

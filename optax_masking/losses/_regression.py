@@ -56,7 +56,7 @@ def _error(predictions, targets, where):
   predictions=None,
   targets=None,
   formula=_of_error(
-    lambda error: original.squared_error(error),
+    lambda error: original.squared_error(error, None),
     lambda error: 2 * error,
   ),
   compiled=True,
@@ -111,7 +111,7 @@ def squared_error(
   predictions=None,
   targets=None,
   formula=_of_error(
-    lambda error: original.l2_loss(error),
+    lambda error: original.l2_loss(error, None),
     lambda error: error,
   ),
   compiled=True,
@@ -213,7 +213,7 @@ def huber_loss(
 @masked_inputs(
   predictions=None,
   targets=None,
-  formula=_of_error(lambda error: original.log_cosh(error), jnp.tanh),
+  formula=_of_error(lambda error: original.log_cosh(error, None), jnp.tanh),
   compiled=True,
 )
 def log_cosh(
