@@ -164,17 +164,27 @@ class StageTest(StagingTestCase):
     self.assertLen(changed, 3)
     self.assertEqual(module, f"optax/{self.module_of(name)}")
 
-    inserted, removed = [], []
+    license_of_old, license_of_engine, license_of_tests = (
+      re.findall(r"(?m)^#.*$", after[file])[:14]
+      for file in (module, ENGINE, STAGED_TESTS)
+    )
+    self.assertRegex(license_of_engine[0], r"^# Copyright 20\d\d DeepMind ")
+    self.assertEqual(license_of_engine, license_of_tests)
+    self.assertEqual(license_of_engine[1:], license_of_old[1:])
+
+    inserted = []
     for file in changed:
       old = before.get(file, "").splitlines()
-      for line in difflib.ndiff(old, after[file].splitlines()):
-        (inserted if line[0] == "+" else removed).append((line[0], line[2:]))
+      diff = difflib.ndiff(old, after[file].splitlines())
+      inserted += [line[2:] for line in diff if line[0] == "+"]
       # The oldest Python that Optax runs with.
       ast.parse(after[file], feature_version=(3, 10))
-    for sign, line in inserted:
+    for line in inserted:
       self.assertLessEqual(len(line), 80)
       self.assertNotIn("optax_masking", line)
-      self.assertEqual((sign, line.rstrip()), ("+", line))
+      self.assertEqual(line, line.rstrip())
+    # Inside of brackets Optax indents by 4 spaces.
+    self.assertIn("    call: inspect.BoundArguments", after[ENGINE])
 
     self.assertEmpty(undefined(after[module]))
     self.assertEmpty(undefined(after[ENGINE]))
@@ -204,12 +214,19 @@ class StageTest(StagingTestCase):
     for argument in has.keys() - had.keys():
       self.assertRegex(docstring, rf"(?m)^  {argument}: ")
     *_, note = re.findall(r"(?m)^\.\. versionchanged:: (.*)$", docstring)
-    (version,) = re.findall(
-      r'(?m)^__version__ = "([\d.]*\d)', before["optax/__init__.py"]
+    self.assertEqual(note, self.next_version())
+    # Which is a directive of its own, and not the end of a paragraph.
+    *_, above = docstring.partition(f".. versionchanged:: {note}")[0].split(
+      "\n\n"
     )
-    self.assertLessEqual(
-      [*map(int, version.split("."))], [*map(int, note.split("."))]
-    )
+    self.assertRegex(f"{above}.. ", r"^\.\. ")
+
+  def next_version(self):
+    """The release that follows, or that a version of development is for."""
+    text = (self.root / "optax/__init__.py").read_text()
+    (version,) = re.findall(r'(?m)^__version__ = "(.*)"$', text)
+    *numbers, last = version.removesuffix(".dev").split(".")
+    return ".".join([*numbers, str(int(last) + (not version.endswith("dev")))])
 
   def module_of(self, name):
     module = sys.modules[getattr(upstream.losses, name).__module__]
@@ -313,6 +330,20 @@ class PlantedTest(StagingTestCase):
   def test_gone(self):
     self.edit("optax/losses/_self_supervised.py", "def ntxent(", "def nt(")
     self.assert_refused("stage", self.root, message="ntxent: it is gone")
+
+  def test_changed_default(self):
+    file = "optax/losses/_classification.py"
+    lines = (self.root / file).read_text().splitlines(keepends=True)
+    gamma = definition("".join(lines), "sigmoid_focal_loss").args.kw_defaults[1]
+    line, number = (
+      gamma.lineno - 1,
+      slice(gamma.col_offset, gamma.end_col_offset),
+    )
+    self.assertEqual(lines[line][number], "2.0")
+    lines[line] = lines[line].replace("2.0", "3.0")
+    (self.root / file).write_text("".join(lines))
+    message = "sigmoid_focal_loss: its body or its parameters have changed"
+    self.assert_refused("stage", self.root, message=message)
 
   def test_changed(self):
     """Its body; not its docstring."""
