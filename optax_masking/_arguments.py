@@ -182,13 +182,13 @@ def missing_axes(
   if not x_shape:
     return tuple(range(rank))
 
-  def expanded(new_axes: Axes) -> Shape:
+  def padded(new_axes: Axes) -> Shape:
     sizes = iter(x_shape)
     return tuple(1 if a in new_axes else next(sizes) for a in range(rank))
 
   def fits(new_axes: Axes) -> bool:
     return len(x_shape) + len(new_axes) == rank and all(
-      w in (1, s) for w, s in zip(expanded(new_axes), shape, strict=True)
+      w in (1, s) for w, s in zip(padded(new_axes), shape, strict=True)
     )
 
   if fits(()):
@@ -215,7 +215,7 @@ def missing_axes(
   if (
     refuse_ambiguous
     and fits(right_aligned)
-    and expanded(axes) != expanded(right_aligned)
+    and padded(axes) != padded(right_aligned)
   ):
     raise ValueError(
       f"`{name}` of shape {x_shape} fits data of shape {shape} in two ways:"

@@ -1,4 +1,4 @@
-"""The mask contract and the decorator that gives a loss `axis` and `where`.
+"""The mask contract, and what gives a loss `axis` and `where` under it.
 
 What a masked loss promises, for every boolean mask and every derivative:
 
@@ -6,7 +6,7 @@ What a masked loss promises, for every boolean mask and every derivative:
 2. Zero gradient. Derivatives with respect to masked elements are exactly 0.
 3. Compaction. The rest is what the loss gives without the masked elements.
 4. Empty. A slice with nothing included is 0 and has zero gradient.
-5. Identity. Without a mask the loss is the undecorated program.
+5. Identity. Without a mask the loss is the program that it was.
 6. Honesty. NaN or inf in an included element comes out.
 7. Clean arithmetic. No NaN or inf is computed because of a mask.
 8. Transforms. All of this under every JAX transformation and floating dtype.
@@ -26,8 +26,8 @@ reduced axes, the fill is a function of the included elements.
 
 On the way out, a slice with nothing included is replaced by 0 (clause 4).
 
-A loss may have a `formula` that takes its place under a mask. It need not fill
-what it selects elsewhere, but owes the same.
+A loss may have another formula under a mask. It need not fill what it selects
+elsewhere, but owes the same.
 """
 
 import contextlib

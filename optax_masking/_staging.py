@@ -336,7 +336,7 @@ def _translated(name: str, in_place: bool) -> Module:
 
 
 def _engine_text(names: Iterable[str]) -> str:
-  """The new module: the decorator, some names, and what these need."""
+  """The new module: some names, and what these need."""
   parts = [_own(name) for name in _ENGINE_PARTS]
   statements = {
     node: part
@@ -344,7 +344,7 @@ def _engine_text(names: Iterable[str]) -> str:
     for node in part.tree.body
     if _defined_by(node) - {"__all__"}
   }
-  kept = _needed(list(statements), ["masked_inputs", *names])
+  kept = _needed(list(statements), names)
   used = _names_in(*kept)
   imports = {
     statement

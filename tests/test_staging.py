@@ -169,6 +169,7 @@ class StageTest(StagingTestCase):
       for file in (module, ENGINE, STAGED_TESTS)
     )
     self.assertRegex(license_of_engine[0], r"^# Copyright 20\d\d DeepMind ")
+    self.assertNotEqual(license_of_engine[0], license_of_old[0])
     self.assertEqual(license_of_engine, license_of_tests)
     self.assertEqual(license_of_engine[1:], license_of_old[1:])
 
@@ -184,13 +185,28 @@ class StageTest(StagingTestCase):
       self.assertNotIn("optax_masking", line)
       self.assertEqual(line, line.rstrip())
     # Inside of brackets Optax indents by 4 spaces.
-    self.assertIn("    call: inspect.BoundArguments", after[ENGINE])
+    nested = "def canonicalize_where(\n    where: Where,\n"
+    self.assertTrue(nested in after[ENGINE])
 
     self.assertEmpty(undefined(after[module]))
     self.assertEmpty(undefined(after[ENGINE]))
     used = set(re.findall(r"\b_masking\.(\w+)", after[module]))
     engine = symtable.symtable(after[ENGINE], ENGINE, "exec")
     self.assertContainsSubset(used, set(engine.get_identifiers()))
+
+    # Nothing that this loss does not need.
+    text = after[ENGINE] + after[module]
+    for function in engine.get_children():
+      if function.get_name() != "_":
+        uses = re.findall(rf"\b{function.get_name()}\b", text)
+        self.assertGreater(len(uses), 1, function.get_name())
+    rows = set(re.findall(r'"(\w+)"', after[STAGED_TESTS])) & {*LOSSES}
+    called = {"ctc_loss": {"ctc_loss_with_forward_probs"}}.get(name, set())
+    self.assertEqual(rows, {name} | called)
+    if name == "sigmoid_focal_loss":
+      self.assertNotIn("_unmasked_", after[module])
+    imports = re.findall(r"(?m)^from (optax\S*) import (\w+)", after[module])
+    self.assertEqual(imports, sorted(imports))
 
     # No line is lost, but for the body that another takes the place of. A
     # parameter that was the last may get a comma.
