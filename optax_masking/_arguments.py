@@ -143,7 +143,7 @@ def canonicalize_axes(axis: Axis, shape: Shape) -> Axes:
   return tuple(axes)
 
 
-def boolean(where: Where) -> jax.Array:
+def boolean_mask(where: Where) -> jax.Array:
   """Checks the dtype of a mask."""
   fix = "`mask != 0`"
   if isinstance(where, Sequence):  # Not equal to 0, whatever is in it.
@@ -164,7 +164,7 @@ def canonicalize_where(
   refuse_ambiguous: bool,
 ) -> jax.Array:
   """Checks a mask against the shape of the data and gives it the same rank."""
-  where = boolean(where)
+  where = boolean_mask(where)
   missing = missing_axes("where", where.shape, shape, axes, refuse_ambiguous)
   # One of the same rank is passed on: even to add no axis takes microseconds.
   return jnp.expand_dims(where, missing) if missing else where

@@ -17,6 +17,7 @@ import optax
 
 import optax_masking
 from optax_masking import _audit, _audit_formats, _staging, _upstream
+from optax_masking.testing import CLAUSES
 
 FORMATS = ("text", "markdown", "json", "github", "html")
 
@@ -39,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   given = parser.parse_args(arguments)
   try:
     return given.run(given)
-  except (UsageError, _staging.StagingError) as error:
+  except _staging.StagingError as error:
+    print(f"{given.parser.prog}: error: {error}", file=sys.stderr)
+    return 2
+  except UsageError as error:
     given.parser.print_usage(sys.stderr)
     print(f"{given.parser.prog}: error: {error}", file=sys.stderr)
     return 2
@@ -316,7 +320,8 @@ class _Progress:
 
 
 _CHECKOUT = (
-  "a git checkout of Optax, or a copy of the folder that has the package optax"
+  "a git checkout of Optax, or a folder with a copy of the folder optax that"
+  " pip has installed"
 )
 
 
@@ -336,12 +341,23 @@ def _add_stage(commands: Any) -> None:
     ),
   )
   parser.add_argument("checkout", metavar="CHECKOUT", help=_CHECKOUT)
-  parser.add_argument(
+  losses = parser.add_mutually_exclusive_group()
+  losses.add_argument(
     "--loss",
     action="append",
     default=[],
     metavar="NAME",
-    help="mask this loss, and what it calls, alone; may be repeated",
+    help=(
+      "mask this loss, and those that it calls; may be repeated. By default all"
+    ),
+  )
+  losses.add_argument(
+    "--except",
+    action="append",
+    default=[],
+    metavar="NAME",
+    dest="left_out",
+    help="mask all losses but this one; may be repeated",
   )
   output = parser.add_mutually_exclusive_group()
   output.add_argument(
@@ -351,41 +367,64 @@ def _add_stage(commands: Any) -> None:
   output.add_argument(
     "--message",
     action="store_true",
-    help="print the description of a pull request, with an audit of both",
+    help=(
+      "print the description of a pull request: a title, and what an audit"
+      " finds before and after"
+    ),
+  )
+  parser.add_argument(
+    "--base",
+    metavar="COMMIT",
+    default="HEAD",
+    help=(
+      "the commit that a message compares losses with which are staged already"
+    ),
   )
   parser.set_defaults(run=_run_stage, parser=parser)
 
 
 def _run_stage(given: argparse.Namespace) -> int:
   checkout = _staging.Checkout.at(given.checkout)
+  names = given.loss
+  if given.left_out:
+    names = [n for n in _staging.LOSSES if n not in given.left_out]
   if given.message:
-    _write(_upstream.message(checkout, given.loss), None)
+    _write(_upstream.message(checkout, names, given.base), None)
     return 0
-  fixed = functools.partial(_upstream.is_fixed, checkout)
-  staging = _staging.stage(checkout, given.loss, fixed)
-  if given.dry_run:
-    _write(staging.patch(), None)
-  elif given.patch:
-    _check_writable(given.patch)
-    _write(staging.patch(), given.patch)
-  elif checkout.root.name in ("site-packages", "dist-packages"):
+  in_place = not given.patch and not given.dry_run
+  if in_place and checkout.root.name in ("site-packages", "dist-packages"):
     raise UsageError(
       f"{checkout.root} is where Optax is installed. Stage a copy of it: the"
       " folder optax, in a folder of its own"
     )
+  fixed = functools.partial(_upstream.is_fixed, checkout)
+  staging = _staging.stage(checkout, names, fixed)
+  by_reason: dict[str, list[str]] = {}
   for name, why in staging.skipped.items():
-    print(f"{name}: {why}", file=sys.stderr)
-  if given.dry_run:
+    by_reason.setdefault(why, []).append(name)
+  for why, skipped in by_reason.items():
+    print(f"{', '.join(skipped)}: {why}", file=sys.stderr)
+  for remark in staging.remarks:
+    print(remark, file=sys.stderr)
+  if not staging.changes:
+    print("There is nothing to change.", file=sys.stderr)
     return 0
+  if given.dry_run:
+    _write(staging.patch(), None)
+    return 0
+  if given.patch:
+    _check_writable(given.patch)
+    if pathlib.Path(given.patch).resolve() in staging.paths:
+      raise UsageError(f"{given.patch} is a file that the patch is to change")
+    _write(staging.patch(), given.patch)
+    print(f"{given.patch}, for git apply in {checkout.root}:")
+  else:
+    staging.write()
   for change in staging.changes:
     print(f"{change.file}: {change}")
-  if not staging.changes:
-    print("There is nothing to change.")
-  elif not given.patch:
-    staging.write()
+  if in_place:
     print(
-      f"Test it in {checkout.root} with"
-      " PYTHONPATH=. python -m pytest optax/losses"
+      f"Test it in {checkout.root}: PYTHONPATH=. python -m pytest optax/losses"
     )
   return 0
 
@@ -397,7 +436,9 @@ def _add_status(commands: Any) -> None:
     description=(
       "Tells of each loss of CHECKOUT what it has by itself (`axis`, `where`,"
       " the clauses of the mask contract that a quick audit finds kept) and"
-      " what a stage would add: first those that fix NaN gradients."
+      " what a stage would add: first those that fix NaN gradients. It takes"
+      " about a minute. The clauses: "
+      + " ".join(f"{name}: {text}" for name, text in CLAUSES.items())
     ),
   )
   parser.add_argument(

@@ -19,7 +19,7 @@ For a single logit, :math:`\log p = -\log(1 + \exp(-x))` and
 :math:`\log(1 - p) = -\log(1 + \exp x)`, the loss is :math:`-y \log p - (1 - y)
 \log (1 - p)` and its derivative :math:`(p - y) \, dx - x \, dy`.
 
-What makes these cheap, measured by `python -m benchmarks`:
+What makes these cheap:
 
 * XLA folds an exponential into a sum, but for CPUs no select: it would write
   all of the logits. An example that is masked as a whole is therefore computed
@@ -59,10 +59,10 @@ from optax_masking.fills import (
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-def of_class(
+def softmax_cross_entropy_of_class(
   logits: Array, labels: Array, *, where: jax.Array, axes: Axes
 ) -> jax.Array:
-  """Cross-entropy of a softmax and class indices; see the module."""
+  """Cross-entropy of a softmax and class indices."""
   rank = max(logits.ndim, labels.ndim + len(axes))
   labels = expanded(labels, rank, axes)
   shape = jnp.broadcast_shapes(logits.shape, labels.shape)
@@ -78,10 +78,10 @@ def of_class(
   return jnp.squeeze(jnp.where(own, loss, 0), axes)
 
 
-def of_probabilities(
+def softmax_cross_entropy_of_probabilities(
   logits: Array, labels: Array, *, where: jax.Array, axes: Axes
 ) -> jax.Array:
-  """Cross-entropy of a softmax and probabilities; see the module."""
+  """Cross-entropy of a softmax and probabilities."""
   if jnp.issubdtype(labels.dtype, jnp.complexfloating):
     raise TypeError(f"`labels` must be real, but has dtype {labels.dtype}.")
   if not jnp.issubdtype(labels.dtype, jnp.floating):
@@ -103,10 +103,10 @@ def of_probabilities(
   return jnp.squeeze(jnp.where(included, loss, 0), axes)
 
 
-def of_binary(
+def sigmoid_cross_entropy(
   logits: Array, labels: Array, *, where: jax.Array, axes: Axes
 ) -> jax.Array:
-  """Cross-entropy of a sigmoid and probabilities; see the module."""
+  """Cross-entropy of a sigmoid and probabilities."""
   del axes  # It is elementwise.
   logits, labels = jnp.broadcast_arrays(logits, labels)
   if not jnp.issubdtype(labels.dtype, jnp.floating):

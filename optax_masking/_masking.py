@@ -11,9 +11,9 @@ What a masked loss promises, for every boolean mask and every derivative:
 7. Clean arithmetic. No NaN or inf is computed because of a mask.
 8. Transforms. All of this under every JAX transformation and floating dtype.
 
-Multiplying a loss by its mask keeps none of the first four: in the backward
-pass `0 * NaN` is NaN, and a large masked logit still enters a normalizer. The
-way out is to mask twice, with a select each time.
+Multiplying a loss by its mask is not enough: in the backward pass `0 * NaN` is
+NaN, and a large masked logit still enters a normalizer. The way out is to mask
+twice, with a select each time.
 
 On the way in, a masked element is replaced: `select(where, x, fill)`. The value
 of `x` is then unreachable, and so is its gradient, since the derivative of a
@@ -41,7 +41,7 @@ import jax.numpy as jnp
 
 from optax_masking._arguments import (
   arrays_to_fill,
-  boolean,
+  boolean_mask,
   canonicalize_axes,
   check_accepted,
   constants_and_inputs,
@@ -50,8 +50,8 @@ from optax_masking._arguments import (
 )
 from optax_masking._signatures import (
   accepting_axis_and_where,
+  argument_reader,
   check_fills,
-  reader,
 )
 from optax_masking.fills import Fill, PerExample, select
 
@@ -124,8 +124,7 @@ def masked_inputs(
         ``x`` has, and ``x`` broadcasts with it. An ``x`` that broadcasts along
         ``axis`` is masked where all that it meets is.
 
-      Such objects and functions are needed often. They are in
-      :mod:`optax_masking.fills`.
+      Those of :mod:`optax_masking.fills` are for the common cases.
 
       An argument of None is passed on as it is and, for a parameter whose
       default is a number, a Python scalar. With a ``formula`` a fill may be
@@ -193,8 +192,8 @@ def masked_inputs(
     check_fills(loss, fills, formula)
     inner: Callable[..., Any] = accepting_axis_and_where(loss)
     signature = inspect.signature(inner)
-    axis_of = reader("axis", signature)
-    where_of = reader("where", signature)
+    axis_of = argument_reader("axis", signature)
+    where_of = argument_reader("where", signature)
     elementwise = signature.parameters["axis"].default == ()
 
     def masked(arguments, to_fill, where):
@@ -223,7 +222,7 @@ def masked_inputs(
         try:
           arrays = arrays_to_fill(call, fills)
           arguments = {**call.arguments, **arrays}
-          where = boolean(arguments.pop("where"))
+          where = boolean_mask(arguments.pop("where"))
           if compiled:
             divided = constants_and_inputs(arguments, arrays, signature)
             if divided is not None:

@@ -7,7 +7,9 @@ from absl.testing import absltest, parameterized
 from optax import losses
 
 _RNG = np.random.default_rng(0)
-_LOGITS, _OTHERS, _THIRDS = _RNG.normal(size=(3, 4, 6, 5))
+_LOGITS = _RNG.normal(size=(4, 6, 5))
+_OTHERS = _RNG.normal(size=(4, 6, 5))
+_THIRDS = _RNG.normal(size=(4, 6, 5))
 _LABELS = _RNG.uniform(0.1, 0.9, size=(4, 6, 5))
 _PROBABILITIES = _LABELS / _LABELS.sum(-1, keepdims=True)
 _SIGNS = _RNG.choice([-1.0, 1.0], size=(4, 6, 5))
@@ -15,17 +17,19 @@ _CLASSES = _RNG.integers(0, 3, size=(4, 6))
 _EMBEDDINGS = _LOGITS.reshape(24, 5)
 _VIEWS = np.arange(24) // 2
 _SENTENCES = np.array([[1, 2], [2, 1], [1, 1], [2, 2]])
+_WORD_PADDINGS = np.array([[0, 0], [0, 0], [0, 1], [0, 0]])
+_FRAME_PADDINGS = np.array([[0] * 6, [0] * 6, [0] * 5 + [1], [0] * 6])
 
 
 def _ctc(logits, **kwargs):
   return losses.ctc_loss(
-    logits, np.zeros((4, 6)), _SENTENCES, np.zeros((4, 2)), **kwargs
+    logits, _FRAME_PADDINGS, _SENTENCES, _WORD_PADDINGS, **kwargs
   )
 
 
 def _ctc_with_forward_probs(logits, **kwargs):
   return losses.ctc_loss_with_forward_probs(
-    logits, np.zeros((4, 6)), _SENTENCES, np.zeros((4, 2)), **kwargs
+    logits, _FRAME_PADDINGS, _SENTENCES, _WORD_PADDINGS, **kwargs
   )[0]
 
 
@@ -44,11 +48,17 @@ def _ranking(logits, labels, weights, **kwargs):
   )
 
 
+def _sigmoid_focal(logits, labels, weights, exponents, **kwargs):
+  return losses.sigmoid_focal_loss(
+    logits, labels, alpha=weights, gamma=exponents, **kwargs
+  )
+
+
 def _smooth(labels, **kwargs):
   return losses.smooth_labels(labels, 0.2, **kwargs)
 
 
-# The name of a loss, a function of its arrays, and the arrays.
+# A name that begins with that of a loss, a function of arrays, and the arrays.
 _CASES = (
   ("binary_dice_loss", losses.binary_dice_loss, (_LOGITS, _LABELS)),
   ("cosine_distance", losses.cosine_distance, (_LOGITS, _OTHERS)),
@@ -111,6 +121,11 @@ _CASES = (
     (_LOGITS, _LABELS),
   ),
   ("sigmoid_focal_loss", losses.sigmoid_focal_loss, (_LOGITS, _LABELS)),
+  (
+    "sigmoid_focal_loss__of_weights",
+    _sigmoid_focal,
+    (_LOGITS, _LABELS, _LABELS, 1 + _LABELS),
+  ),
   ("smooth_labels", _smooth, (_LABELS,)),
   ("softmax_cross_entropy", losses.softmax_cross_entropy, (_LOGITS, _LABELS)),
   (
@@ -136,9 +151,9 @@ def _masked_at_random(shape):
   return where
 
 
-def _filled(arrays, where, garbage):
+def _filled(arrays, where, garbage, dtype=jnp.float32):
   return [
-    jnp.where(where, x, garbage).astype(jnp.float32)
+    jnp.where(where, x, garbage).astype(dtype)
     if x.shape == where.shape
     else jnp.asarray(x)
     for x in arrays
@@ -146,7 +161,9 @@ def _filled(arrays, where, garbage):
 
 
 def _values_and_gradients(loss, arrays, where):
-  floats = [i for i, x in enumerate(arrays) if x.dtype == jnp.float32]
+  floats = [
+    i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
 
   def total(*arrays):
     values = loss(*arrays, where=where)
@@ -156,12 +173,20 @@ def _values_and_gradients(loss, arrays, where):
   return values, gradients
 
 
+def _is_elementwise(loss, arrays):
+  """Whether it returns an element for each, and can sum them over an axis."""
+  if jax.eval_shape(loss, *arrays).shape != arrays[0].shape:
+    return False
+  sums = jax.eval_shape(lambda *arrays: loss(*arrays, axis=-1), *arrays)
+  return sums.shape != arrays[0].shape
+
+
 class MaskTest(parameterized.TestCase):
-  """Of every loss that takes `where`."""
+  """Each loss, with masks."""
 
   @parameterized.named_parameters(*_CASES)
   def test_garbage(self, loss, arrays):
-    """It changes no value and no gradient, and has a gradient of 0."""
+    """No value and no gradient depends on it, and its own gradient is 0."""
     where = _masked_at_random(arrays[0].shape)
     expected = _values_and_gradients(loss, _filled(arrays, where, 0.5), where)
     for garbage in (np.nan, np.inf, -np.inf, np.finfo(np.float32).max):
@@ -171,6 +196,36 @@ class MaskTest(parameterized.TestCase):
       for gradient in gradients:
         self.assertTrue(jnp.all(jnp.isfinite(gradient)))
         np.testing.assert_array_equal(gradient[~where], 0)
+
+  @parameterized.named_parameters(*_CASES)
+  def test_second_derivatives(self, loss, arrays):
+    where = _masked_at_random(arrays[0].shape)
+
+    def squares(x, *others):
+      _, gradients = _values_and_gradients(loss, [x, *others], where)
+      return sum(jnp.sum(gradient**2) for gradient in gradients)
+
+    garbled = jax.grad(squares)(*_filled(arrays, where, np.nan))
+    expected = jax.grad(squares)(*_filled(arrays, where, 0.5))
+    self.assertTrue(jnp.all(jnp.isfinite(garbled)))
+    np.testing.assert_array_equal(garbled, expected)
+    np.testing.assert_array_equal(garbled[~where], 0)
+
+  @parameterized.named_parameters(*_CASES)
+  def test_transformed(self, loss, arrays):
+    """The same numbers under jit, and finite ones in half precision."""
+    where = _masked_at_random(arrays[0].shape)
+    arrays = _filled(arrays, where, np.nan)
+    values, gradients = _values_and_gradients(loss, arrays, where)
+    compiled = jax.jit(lambda *x: _values_and_gradients(loss, x[:-1], x[-1]))
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+      compiled(*arrays, where),
+      (values, gradients),
+    )
+    half = _filled(arrays, where, np.nan, jnp.bfloat16)
+    for x in jax.tree.leaves(_values_and_gradients(loss, half, where)):
+      self.assertTrue(jnp.all(jnp.isfinite(x)))
 
   @parameterized.named_parameters(*_CASES)
   def test_compaction(self, loss, arrays):
@@ -187,18 +242,64 @@ class MaskTest(parameterized.TestCase):
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
 
   @parameterized.named_parameters(*_CASES)
+  def test_axis(self, loss, arrays):
+    """Another axis is that axis moved to the end."""
+    where = _masked_at_random(arrays[0].shape)
+    arrays = _filled(arrays, where, np.nan)
+    expected = loss(*arrays, where=where)
+    if "dice" in self.id():  # Whose axes are those of the pixels.
+      axis, swapped = tuple(range(1, where.ndim)), arrays
+      if "binary" not in self.id():
+        axis = axis[:-1]
+    else:
+      axis, where = where.ndim - 2, where.swapaxes(-1, -2)
+      swapped = [
+        x.swapaxes(-1, -2) if x.ndim == where.ndim else x for x in arrays
+      ]
+      if _is_elementwise(loss, arrays):
+        np.testing.assert_allclose(
+          loss(*swapped, axis=axis), loss(*swapped).sum(axis), rtol=1e-5
+        )
+        expected = expected.sum(-1)
+      elif expected.shape == arrays[0].shape:
+        expected = expected.swapaxes(-1, -2)
+    got = loss(*swapped, axis=axis, where=where)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+  @parameterized.named_parameters(*_CASES)
+  def test_mask_of_examples(self, loss, arrays):
+    """A mask without the axis is a mask that is the same along the axis."""
+    shape = arrays[0].shape
+    where = _masked_at_random(shape)[..., 0]
+    arrays = _filled(arrays, np.ones(shape, bool), np.nan)
+    kwargs = {}
+    if "binary_dice" in self.id():
+      where = where[..., None]  # All axes of an example are those of pixels.
+    elif _is_elementwise(loss, arrays):
+      kwargs = {"axis": -1}
+      with self.assertRaisesRegex(ValueError, "`where` has shape"):
+        loss(*arrays, where=where)
+    everywhere = np.broadcast_to(where[..., None], (*where.shape, shape[-1]))
+    expected = loss(*arrays, where=everywhere.reshape(shape), **kwargs)
+    got = loss(*arrays, where=where, **kwargs)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+  @parameterized.named_parameters(*_CASES)
   def test_nothing_included(self, loss, arrays):
     where = np.zeros(arrays[0].shape, bool)
-    result = _values_and_gradients(loss, _filled(arrays, where, np.nan), where)
-    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), result)
+    arrays = _filled(arrays, where, np.nan)
+    for nothing in (where, False):
+      result = _values_and_gradients(loss, arrays, nothing)
+      jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), result)
 
   @parameterized.named_parameters(*_CASES)
   def test_everything_included(self, loss, arrays):
     where = np.ones(arrays[0].shape, bool)
     arrays = _filled(arrays, where, np.nan)
-    np.testing.assert_allclose(
-      loss(*arrays, where=where), loss(*arrays), rtol=1e-5, atol=1e-6
-    )
+    for everything in (where, True):
+      np.testing.assert_allclose(
+        loss(*arrays, where=everything), loss(*arrays), rtol=1e-5, atol=1e-6
+      )
 
   @parameterized.named_parameters(*_CASES)
   def test_wrong_mask(self, loss, arrays):
@@ -208,6 +309,34 @@ class MaskTest(parameterized.TestCase):
       loss(*arrays, where=np.ones(shape))
     with self.assertRaisesRegex(ValueError, "`where` has shape"):
       loss(*arrays, where=np.ones((7, *shape[1:]), bool))
+
+
+class IntegerLabelsTest(parameterized.TestCase):
+  """Integer labels, and the same labels one-hot."""
+
+  def test_one_hot(self):
+    where = _masked_at_random(_LOGITS.shape)
+    logits = jnp.where(where, _LOGITS, np.nan).astype(jnp.float32)
+    one_hot = jax.nn.one_hot(_CLASSES, 5)
+    self.assertFalse(np.all(jnp.sum(where * one_hot, -1)))
+
+    def of_integers(logits):
+      return losses.softmax_cross_entropy_with_integer_labels(
+        logits, _CLASSES, where=where
+      )
+
+    def of_one_hot(logits):
+      return losses.softmax_cross_entropy(logits, one_hot, where=where)
+
+    integers, one_hots = (
+      (loss(logits), jax.grad(lambda x, loss=loss: jnp.sum(loss(x)))(logits))
+      for loss in (of_integers, of_one_hot)
+    )
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+      integers,
+      one_hots,
+    )
 
 
 if __name__ == "__main__":

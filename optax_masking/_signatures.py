@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-R = TypeVar("R")
+T = TypeVar("T")
 
 
 def check_fills(
@@ -39,7 +39,7 @@ def check_fills(
       raise TypeError(f"The fill of `{name}` is no number, but {fill!r}.")
 
 
-def accepting_axis_and_where(loss: Callable[..., R]) -> Callable[..., R]:
+def accepting_axis_and_where(loss: Callable[..., T]) -> Callable[..., T]:
   """Adds the keywords ``axis=()`` and ``where=None`` that a loss lacks."""
   signature = inspect.signature(loss)
   keyword = inspect.Parameter.KEYWORD_ONLY
@@ -66,7 +66,9 @@ def accepting_axis_and_where(loss: Callable[..., R]) -> Callable[..., R]:
   return accepting
 
 
-def reader(name: str, signature: inspect.Signature) -> Callable[..., Any]:
+def argument_reader(
+  name: str, signature: inspect.Signature
+) -> Callable[..., Any]:
   """Looks one argument up, without the microseconds of binding a whole call."""
   parameter = signature.parameters[name]
   default = parameter.default

@@ -45,12 +45,12 @@ _YEAR = 2026  # Of the license of new files.
 # Optax 0.2.7 and 0.2.8, and another if it differs in commit 2edbcbe2.
 _KNOWN = {
   "binary_dice_loss": ("3ae98a10",),
-  "convex_kl_divergence": ("d32f8a1b",),
+  "convex_kl_divergence": ("200e36fc",),
   "cosine_distance": ("770e02c1",),
   "cosine_similarity": ("c9a363db",),
   "ctc_loss": ("8cebdd80",),
   "ctc_loss_with_forward_probs": ("91732f90",),
-  "dice_loss": ("9d516084", "1173c4fa"),
+  "dice_loss": ("6008cf68", "4e4ed75a"),
   "generalized_kl_divergence": ("522956b3",),
   "hinge_loss": ("c7597056",),
   "huber_loss": ("0c328dec",),
@@ -62,23 +62,23 @@ _KNOWN = {
   "multiclass_generalized_dice_loss": ("3fb94ed9",),
   "multiclass_hinge_loss": ("0555c84a",),
   "multiclass_perceptron_loss": ("568b91a4",),
-  "multiclass_sparsemax_loss": ("492dcd02",),
+  "multiclass_sparsemax_loss": ("37639fac",),
   "ntxent": ("0dda955b",),
   "perceptron_loss": ("9be3f7c3",),
   "poly_loss_cross_entropy": ("53656573",),
-  "ranking_softmax_loss": ("a4f8de22",),
-  "safe_softmax_cross_entropy": ("abd34809",),
+  "ranking_softmax_loss": ("eb71e2ed",),
+  "safe_softmax_cross_entropy": ("7cdce703",),
   "sigmoid_binary_cross_entropy": ("fa58b3e2",),
   "sigmoid_focal_loss": ("ca92d550", "b25df937"),
   "smooth_labels": ("f96ddf7e",),
   "softmax_cross_entropy": ("d199865b",),
-  "softmax_cross_entropy_with_integer_labels": ("d6211343",),
+  "softmax_cross_entropy_with_integer_labels": ("53a93425",),
   "sparsemax_loss": ("c74fb491",),
   "squared_error": ("5cb021b1",),
   "triplet_margin_loss": ("0832ee6a",),
 }
 # A deprecated name of another loss, which it calls with `axis` and `where`.
-_ALIASES = {"convex_kl_divergence": "generalized_kl_divergence"}
+ALIASES = {"convex_kl_divergence": "generalized_kl_divergence"}
 
 LOSSES = tuple(_KNOWN)
 
@@ -110,7 +110,7 @@ class Module:
 
   @functools.cached_property
   def lines(self) -> list[str]:
-    return self.text.splitlines(keepends=True)
+    return _lines(self.text)
 
   @functools.cached_property
   def functions(self) -> dict[str, ast.FunctionDef]:
@@ -129,7 +129,7 @@ class Module:
             else ast.Import([alias])
           )
           name = alias.asname or alias.name.partition(".")[0]
-          found[name] = ast.unparse(one)
+          found.setdefault(name, ast.unparse(one))
     return found
 
   def start(self, node: ast.stmt) -> int:
@@ -142,6 +142,11 @@ class Module:
 
   def source(self, node: ast.stmt) -> str:
     return "".join(self.lines[self.start(node) : node.end_lineno])
+
+
+def _lines(text: str) -> list[str]:
+  """Lines as Python and git count them: they end with a newline."""
+  return re.findall(r"[^\n]*\n|[^\n]+\Z", text)
 
 
 def _end(node: ast.AST) -> int:
@@ -206,7 +211,7 @@ def _hanging(text: str) -> str:
     depth += (bracket in ("(", "[", "{")) - (bracket in (")", "]", "}"))
   return "".join(
     "  " * depths.get(number, 0) + line
-    for number, line in enumerate(text.splitlines(keepends=True), 1)
+    for number, line in enumerate(_lines(text), 1)
   )
 
 
@@ -264,7 +269,7 @@ def _own(name: str) -> Module:
 
 
 @functools.cache
-def wrappers() -> dict[str, str]:
+def _modules() -> dict[str, str]:
   """The losses of this package, each with its module."""
   return {
     name: f"losses/{path.stem}"
@@ -274,8 +279,13 @@ def wrappers() -> dict[str, str]:
   }
 
 
+def module_of(name: str) -> str:
+  """The module of a loss, as `"losses/_regression"`: here, and in Optax."""
+  return _modules()[name]
+
+
 def _wrapper(name: str) -> ast.FunctionDef:
-  return _own(wrappers()[name]).functions[name]
+  return _own(module_of(name)).functions[name]
 
 
 def _is_a_call(name: str) -> bool:
@@ -286,6 +296,30 @@ def _is_a_call(name: str) -> bool:
     and isinstance(body[0], ast.Return)
     and isinstance(body[0].value, ast.Call)
     and ast.unparse(body[0].value.func) == f"original.{name}"
+  )
+
+
+def refuses_ambiguous_where(name: str) -> bool:
+  """Whether a lower rank of the mask meant something else to the loss."""
+  keywords = {
+    keyword.arg
+    for decorator in _wrapper(name).decorator_list
+    if isinstance(decorator, ast.Call)
+    for keyword in decorator.keywords
+  }
+  return "refuse_ambiguous_where" in keywords
+
+
+def _fills_only(name: str) -> bool:
+  """Whether all that is masked is filled with numbers.
+
+  Then a loss that uses the mask by itself may do so: it is of no consequence.
+  """
+  (decorator,) = _wrapper(name).decorator_list
+  assert isinstance(decorator, ast.Call)
+  return all(
+    isinstance(keyword.value, ast.Constant) and keyword.value.value is not None
+    for keyword in decorator.keywords
   )
 
 
@@ -302,22 +336,20 @@ def with_called(names: Iterable[str]) -> list[str]:
 @functools.cache
 def _translated(name: str, in_place: bool) -> Module:
   """The module of a wrapper, with the names that things have in Optax."""
-  module = _own(wrappers()[name])
+  module = _own(module_of(name))
   engine = {
     imported
     for imported, statement in module.imports.items()
     if statement.startswith("from optax_masking")
-  } - {"original", "_cross_entropy"}
+  } - {"original"}
 
   def in_optax(node: ast.AST) -> str | None:
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-      if node.value.id == "_cross_entropy":
-        return f"{_ENGINE}.{node.attr}"
       if node.value.id == "original":
         if node.attr == name and not in_place:
           return f"_unmasked_{name}"
-        place = wrappers()[node.attr]
-        if place != wrappers()[name]:
+        place = module_of(node.attr)
+        if place != module_of(name):
           return f"{place.rpartition('/')[2]}.{node.attr}"
         return node.attr
     elif isinstance(node, ast.Name) and node.id in engine:
@@ -344,6 +376,8 @@ def _engine_text(names: Iterable[str]) -> str:
     for node in part.tree.body
     if _defined_by(node) - {"__all__"}
   }
+  defined = [name for node in statements for name in _defined_by(node) - {"_"}]
+  assert len(defined) == len(set(defined)), "Two parts define one name."
   kept = _needed(list(statements), names)
   used = _names_in(*kept)
   imports = {
@@ -352,13 +386,28 @@ def _engine_text(names: Iterable[str]) -> str:
     for name, statement in part.imports.items()
     if name in used and "optax_masking" not in statement
   }
-  main = _own("_masking")
-  docstring = main.source(main.tree.body[0])
+  docstring = _docstring(_own("_masking"))
+  if any(statements[node] is _own("_cross_entropy") for node in kept):
+    docstring = f"r{docstring}\n\n{_docstring(_own('_cross_entropy'))}"
+    docstring = re.sub(r'\n"""\n\nr"""', "\n\n", docstring)
   code = _joined([(node, statements[node].source(node)) for node in kept])
-  text = f"{docstring}\n{_joined_imports(imports)}\n{code}"
-  # The examples are for a package that exports the decorator.
+  text = f"{docstring}\n\n{_joined_imports(imports)}\n{code}"
+  # What is for a package that exports the decorator, and its fills.
   text = re.sub(r"\n\n +Examples:\n.*?(?=\n +\"\"\")", "", text, flags=re.S)
-  return re.sub(r" They are in\s+:mod:`optax_masking\.fills`\.", "", text)
+  return re.sub(r"\n\n +Those of :mod:`optax_masking\.fills` .*", "", text)
+
+
+def _docstring(module: Module) -> str:
+  return module.source(module.tree.body[0]).rstrip("\n")
+
+
+def _losses_in(node: ast.AST) -> set[str]:
+  """The losses that a test calls by name."""
+  return {
+    n.attr
+    for n in ast.walk(node)
+    if isinstance(n, ast.Attribute) and n.attr in LOSSES
+  }
 
 
 def _tests_text(names: Collection[str]) -> str:
@@ -373,14 +422,19 @@ def _tests_text(names: Collection[str]) -> str:
     for row in cases.value.elts
     if isinstance(row, ast.Tuple)
     and isinstance(row.elts[0], ast.Constant)
-    and row.elts[0].value not in names
+    and str(row.elts[0].value).partition("__")[0] not in names
     for line in range(row.lineno - 1, _end(row))
   }
   module = Module(
     "".join(x for i, x in enumerate(template.lines) if i not in left_out)
   )
   body = module.tree.body
-  statements = _needed(body, ["MaskTest"])
+  classes = [
+    node.name
+    for node in body
+    if isinstance(node, ast.ClassDef) and _losses_in(node) <= set(names)
+  ]
+  statements = _needed(body, classes)
   imports = {
     statement
     for name, statement in module.imports.items()
@@ -389,24 +443,33 @@ def _tests_text(names: Collection[str]) -> str:
   code = _joined(
     [(node, module.source(node)) for node in (*statements, body[-1])]
   )
-  docstring = module.source(body[0])
+  docstring = _docstring(module)
   lines = "".join(f"{s}\n" for s in sorted(imports, key=_sort_key))
-  return f"{docstring}\n{lines}\n{code}"
+  return f"{docstring}\n\n{lines}\n{code}"
 
 
 # Optax's side.
 
 
-def fingerprint(node: ast.FunctionDef) -> str:
-  """Of what a loss computes: not of its documentation, nor of its types."""
-  (node,) = ast.parse(ast.unparse(node)).body  # type: ignore[assignment]
-  a = node.args
-  for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs):
-    parameter.annotation = None
-  node.returns, node.decorator_list = None, []
-  if ast.get_docstring(node) is not None:
-    del node.body[0]
-  return hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:8]
+def fingerprint(module: Module, name: str) -> str:
+  """Of a loss, and of the functions of its module that it calls but for losses.
+
+  It does not depend on documentation, nor on types.
+  """
+  loss = module.functions[name]
+  others = [f for n, f in module.functions.items() if n not in LOSSES]
+  text = ""
+  for node in (loss, *_needed(others, _names_in(loss))):
+    (bare,) = ast.parse(ast.unparse(node)).body
+    assert isinstance(bare, ast.FunctionDef)
+    a = bare.args
+    for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs):
+      parameter.annotation = None
+    bare.returns = None
+    if ast.get_docstring(bare) is not None:
+      del bare.body[0]
+    text += ast.unparse(bare)
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def parameters(node: ast.FunctionDef) -> dict[str, ast.expr | None]:
@@ -428,9 +491,10 @@ class _Edit:
   end: int | None = None
 
 
-def _edited(module: Module, edits: Iterable[_Edit]) -> str:
+def _edited(module: Module, edits: Sequence[_Edit]) -> str:
+  """A module after edits; those of one line in their order."""
   lines = list(module.lines)
-  for edit in sorted(edits, key=lambda e: e.line, reverse=True):
+  for edit in sorted(reversed(edits), key=lambda e: e.line, reverse=True):
     lines[edit.line : edit.line if edit.end is None else edit.end] = [edit.text]
   return "".join(lines)
 
@@ -440,59 +504,100 @@ def _staged(module: Module, name: str, version: str) -> str:
   loss = module.functions[name]
   has = parameters(loss)
   added = [a for a in parameters(_wrapper(name)) if a not in has]
-  # One with a `where` of its own would be given the mask, and is not asked.
-  in_place = _is_a_call(name) and "where" not in has
+  in_place = _is_a_call(name) and ("where" not in has or _fills_only(name))
   ours = _translated(name, in_place)
   wrapper = ours.functions[name]
-  edits = _docstring_edits(module, loss, wrapper, added, version)
-  if added:
-    edits.append(_signature_edit(module, loss, wrapper, added))
-
-  # What comes before it: the decorator, and functions that are used.
   docstring, *body = wrapper.body
   inserted: list[ast.AST] = list(wrapper.decorator_list)
   inserted += [] if in_place else body
-  helpers = [
-    node
-    for node in _helpers(ours, inserted)
-    if not _defined_by(node) & module.functions.keys()  # By another loss.
-  ]
+  helpers = _helpers(ours, inserted)
   inserted += helpers
-  heads: dict[int, str] = {}
+
+  edits = _docstring_edits(module, loss, wrapper, added, version)
+  if added:
+    edits.append(_signature_edit(module, loss, wrapper, added))
+  if not in_place:
+    code = "".join(ours.lines[_end(docstring) : _end(wrapper)])
+    edits.append(_body_edit(module, loss, code, _names_in(*inserted)))
   for node in helpers:
-    # Before all that may need it one day.
-    line = min(
-      module.start(module.functions[other])
-      for other in module.functions.keys() & set(LOSSES)
-      if node in _helpers(ours, [ours.functions[other]])
-    )
-    source = ours.source(node).rstrip("\n")
-    heads[line] = heads.get(line, "") + f"{source}\n\n\n"
-  line = module.start(loss)
-  decorators = "".join(ours.lines[ours.start(wrapper) : wrapper.lineno - 1])
-  heads[line] = heads.get(line, "") + decorators
-  edits += [_Edit(line, text) for line, text in heads.items()]
+    (helper,) = _defined_by(node)
+    present = module.functions.get(helper)
+    if present is None:
+      line = _line_of_helper(module, ours, node)
+      edits.append(_Edit(line, _source_of_helper(ours, node)))
+    elif ast.dump(present) != ast.dump(node):  # If not, it came with another.
+      raise StagingError(
+        f"{name}: its wrapper needs a function {helper}, and another one has"
+        " that name. Nothing was changed."
+      )
+  decorators = ours.lines[ours.start(wrapper) : wrapper.lineno - 1]
+  edits.append(_Edit(module.start(loss), "".join(decorators)))
 
-  # The body.
-  code = "".join(ours.lines[_end(docstring) : _end(wrapper)])
-  docstring = loss.body[0]
-  if f"_unmasked_{name}" in _names_in(*inserted):
-    signature = module.lines[loss.lineno - 1 : docstring.lineno - 1]
-    old = "".join(signature).replace(f"def {name}(", f"def _unmasked_{name}(")
-    edits.append(_Edit(_end(docstring), f"{code}\n\n{old}"))
-  elif not in_place:
-    edits.append(_Edit(_end(docstring), code, _end(loss)))
-
-  siblings = {place.rpartition("/")[2] for place in wrappers().values()}
+  siblings = {place.rpartition("/")[2] for place in _modules().values()}
   imports = {
-    **_own(wrappers()[name]).imports,
+    **_own(module_of(name)).imports,
     **{n: f"from optax.losses import {n}" for n in (_ENGINE, *siblings)},
   }
-  wanted = _names_in(*inserted) | {_ENGINE}
+  wanted = imports.keys() & (_names_in(*inserted) | {_ENGINE})
+  for imported in wanted & module.imports.keys():
+    if module.imports[imported] != imports[imported]:
+      raise StagingError(
+        f"{name}: its wrapper needs `{imports[imported]}`, and there is"
+        f" `{module.imports[imported]}`. Nothing was changed."
+      )
   return _with_imports(
     Module(_edited(module, edits)),
-    [s for n, s in imports.items() if n in wanted and n not in module.imports],
+    [imports[imported] for imported in wanted - module.imports.keys()],
   )
+
+
+def _checked(module: Module, name: str, version: str) -> Module:
+  """A module with one loss masked, if its text is understood."""
+  try:
+    staged = Module(_staged(module, name, version))
+    # All that it had, and what a mask needs.
+    old, new = module.functions.keys(), staged.functions.keys()
+    takes = parameters(_wrapper(name)).keys()
+    if old <= new and takes <= parameters(staged.functions[name]).keys():
+      return staged
+  except (SyntaxError, ValueError, LookupError):
+    pass
+  raise StagingError(
+    f"{name}: its signature or docstring is written in a way that is not"
+    " understood. Nothing was changed."
+  )
+
+
+def _body_edit(
+  module: Module, loss: ast.FunctionDef, code: str, used: Collection[str]
+) -> _Edit:
+  """Another body, behind which the old one goes on if it is used."""
+  docstring, first = loss.body[0], loss.body[1]
+  if f"_unmasked_{loss.name}" not in used:
+    return _Edit(_end(docstring), code, _end(loss))
+  lines = module.lines[loss.lineno - 1 : docstring.lineno - 1]
+  signature = "".join(lines)
+  signature = signature.replace(
+    f"def {loss.name}(", f"def _unmasked_{loss.name}("
+  )
+  # Behind an empty line, if there is one.
+  line = _end(docstring)
+  line += not module.lines[line].strip() and line < first.lineno - 1
+  return _Edit(line, f"{code}\n\n{signature}")
+
+
+def _line_of_helper(module: Module, ours: Module, node: ast.stmt) -> int:
+  """A line before all losses that may need it one day."""
+  return min(
+    module.start(module.functions[name])
+    for name in module.functions.keys() & set(LOSSES)
+    if node in _helpers(ours, [ours.functions[name]])
+  )
+
+
+def _source_of_helper(ours: Module, node: ast.stmt) -> str:
+  source = ours.source(node).rstrip("\n")
+  return f"{source}\n\n\n"
 
 
 def _helpers(ours: Module, nodes: Iterable[ast.AST]) -> list[ast.stmt]:
@@ -508,36 +613,69 @@ def _docstring_edits(
   added: Sequence[str],
   version: str,
 ) -> list[_Edit]:
-  """Entries for the new arguments, and a note of the version."""
+  """Entries for the arguments, and a note of the version."""
   docstring = loss.body[0]
   begin, last = docstring.lineno - 1, _end(docstring) - 1
-  lines = [line.strip() for line in module.lines[begin : last + 1]]
-  if ast.get_docstring(loss) is None or lines[-1] != '"""':
+  lines = module.lines[begin:last]
+  if ast.get_docstring(loss) is None or module.lines[last].strip() != '"""':
     raise StagingError(
       f"{loss.name}: its docstring does not end on a line of its own."
     )
   edits = []
-  if added and "Args:" in lines:
-    end = begin + lines.index("", lines.index("Args:"))
-    entries = _entries(ast.get_docstring(wrapper) or "")
-    edits.append(_Edit(end, "".join(map(_entry, map(entries.get, added)))))
   notes = []
   if added:
     names = " and ".join(f"``{argument}``" for argument in added)
     notes.append(f"Added {names} argument{'s' if len(added) > 1 else ''}.")
-  if "where" in parameters(loss):
-    notes.append("What ``where`` excludes changes no value or derivative.")
   if "where" not in parameters(wrapper):
     notes.append("The loss that is returned takes ``axis`` and ``where``.")
-  text = f"  .. versionchanged:: {version}\n"
-  text += textwrap.indent(textwrap.fill(" ".join(notes), 76), " " * 4) + "\n"
+  section = [i for i, line in enumerate(lines) if line.strip() == "Args:"]
+  if section:
+    start, end = section[0] + 1, section[0] + 1
+    while end < len(lines) and lines[end].strip():
+      end += 1
+    indent = re.match(" *", lines[start])[0]  # type: ignore[index]
+    ours = _entries(ast.get_docstring(wrapper) or "")
+    new = [_entry(ours[argument], indent) for argument in added]
+    edits.append(_Edit(begin + end, "".join(new)))
+    if "where" in parameters(loss):
+      entry = next(
+        i for i in range(start, end) if lines[i].startswith(f"{indent}where:")
+      )
+      entry += 1
+      while entry < end and lines[entry].startswith(f"{indent} "):
+        entry += 1
+      edits.append(
+        _Edit(begin + entry, _wrapped(_RANK_OF_WHERE, f"{indent}  "))
+      )
+  if "where" in parameters(loss):
+    notes.append("Masked elements change no value and no derivative.")
+  if "where" in parameters(loss) and refuses_ambiguous_where(loss.name):
+    notes.append("A ``where`` of lower rank has one entry an example.")
+  text = _wrapped(" ".join(notes), "    ")
   follows = re.search(
-    r"^ *\.\. version\w+::.*\n(?: {4,}.*\n)*\Z",
-    "".join(module.lines[begin:last]),
-    re.M,
+    r"^  \.\. version\w+:: (.*)\n(?: {4,}.*\n)*\Z", "".join(lines), re.M
   )
+  if follows is None or follows[1] != version:
+    text = f"  .. versionchanged:: {version}\n{text}"
   edits.append(_Edit(last, text if follows else f"\n{text}"))
   return edits
+
+
+# Of a `where` that Optax has documented.
+_RANK_OF_WHERE = (
+  "It is boolean, with the rank of the data, or with that rank less ``axis``:"
+  " one entry an example."
+)
+
+
+def _wrapped(text: str, indent: str, first: str | None = None) -> str:
+  lines = textwrap.wrap(
+    text,
+    80,
+    initial_indent=indent if first is None else first,
+    subsequent_indent=indent,
+  )
+  return "".join(f"{line}\n" for line in lines)
 
 
 def _entries(docstring: str) -> dict[str, str]:
@@ -550,14 +688,11 @@ def _entries(docstring: str) -> dict[str, str]:
   return {p.partition(":")[0].strip("*"): p for p in parts if p.strip()}
 
 
-def _entry(text: str | None) -> str:
+def _entry(text: str, indent: str) -> str:
   """An entry for an `Args:` of Optax, without references to this package."""
-  text = " ".join((text or "").split())
+  text = " ".join(text.split())
   text = re.sub(r",? as in :func:`optax_masking\.masked_inputs`", "", text)
-  lines = textwrap.wrap(
-    text, 80, initial_indent=" " * 4, subsequent_indent=" " * 6
-  )
-  return "".join(f"{line}\n" for line in lines)
+  return _wrapped(text, f"{indent}  ", indent)
 
 
 def _signature_edit(
@@ -580,10 +715,12 @@ def _signature_edit(
     kind = f"{_ENGINE}.{argument.capitalize()}"
     text += f"    {argument}: {kind} = {ast.unparse(default)},\n"
   last = module.lines[line - 1].encode()
-  rest = last[column:].decode()
+  before, rest = last[:column].decode(), last[column:].decode()
   if rest.startswith(","):
     return _Edit(line, text)
-  return _Edit(line - 1, f"{last[:column].decode()},\n{text}{rest}", line)
+  if rest.lstrip().startswith(")"):
+    return _Edit(line - 1, f"{before},\n{text}{rest.lstrip()}", line)
+  return _Edit(line - 1, f"{before},{rest}{text}", line)
 
 
 def _with_imports(module: Module, statements: Iterable[str]) -> str:
@@ -625,23 +762,31 @@ class Checkout:
 
   @classmethod
   def at(cls, path: str | pathlib.Path) -> "Checkout":
-    path = pathlib.Path(path).absolute()
+    path = pathlib.Path(path).resolve()
     for root in (path, path.parent):
       losses = root / "optax" / "losses" / "__init__.py"
       if losses.is_file() and path in (root, root / "optax"):
         return cls(root)
     raise StagingError(
-      f"{path} is no checkout of Optax: it has no optax/losses/__init__.py."
+      f"{path} is no checkout of Optax. Name the folder that holds the folder"
+      " optax, with optax/losses/__init__.py in it."
     )
 
   def path(self, module: str) -> pathlib.Path:
     """The file of a module such as `"losses/_regression"`."""
     return self.root / "optax" / f"{module}.py"
 
+  def text_as_written(self, module: str) -> str:
+    """The text of a module with its ends of lines, empty if there is none."""
+    path = self.path(module)
+    try:
+      return path.read_bytes().decode() if path.is_file() else ""
+    except UnicodeDecodeError as error:
+      raise StagingError(f"optax/{module}.py is not UTF-8: {error}.") from error
+
   def text(self, module: str) -> str:
     """The text of a module, empty if there is none."""
-    path = self.path(module)
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return self.text_as_written(module).replace("\r\n", "\n")
 
   @functools.cached_property
   def modules(self) -> dict[str, Module]:
@@ -656,36 +801,94 @@ class Checkout:
         try:
           ast.parse(found[name].text)
         except SyntaxError as error:
-          raise StagingError(f"optax/{name}.py: {error}") from error
+          raise StagingError(
+            f"optax/{name}.py, line {error.lineno}: {error.msg}."
+          ) from error
     return found
+
+  @functools.cached_property
+  def exports(self) -> dict[str, str]:
+    """The module that `optax.losses` has each name from."""
+    imports = Module(self.text("losses/__init__")).imports
+    return {
+      name: f"losses/{words[1].rpartition('.')[2]}"
+      for name, statement in imports.items()
+      if (words := statement.split())[1].startswith("optax.losses.")
+    }
 
   def loss(self, name: str) -> ast.FunctionDef | None:
     """The definition of a loss, if it is where Optax has it."""
-    module = self.modules.get(wrappers()[name])
-    return module.functions.get(name) if module else None
+    place = module_of(name)
+    module = self.modules.get(place)
+    if module is None or self.exports.get(name) != place:
+      return None
+    bound = [n for n in module.tree.body if name in _defined_by(n)]
+    return module.functions.get(name) if len(bound) == 1 else None
+
+  def fingerprint(self, name: str) -> str:
+    """That of a loss which is where Optax has it."""
+    return fingerprint(self.modules[module_of(name)], name)
+
+  def unknown_loss_of(self, name: str) -> str | None:
+    """A loss that a loss calls, and that is not what it was."""
+    loss = self.loss(name)
+    if loss is None:
+      return None
+    called = _names_in(loss) | {
+      node.attr for node in ast.walk(loss) if isinstance(node, ast.Attribute)
+    }
+    for other in LOSSES:
+      if other in called - {name} and not self.is_staged(other):
+        if self.loss(other) is None:
+          return other
+        if self.fingerprint(other) not in _KNOWN[other]:
+          return other
+    return None
+
+  def takes(self, name: str) -> set[str]:
+    """Which of `axis` and `where` a loss has in its signature."""
+    loss = self.loss(name)
+    return {"axis", "where"} & parameters(loss).keys() if loss else set()
+
+  def source_of(self, name: str) -> str:
+    """The text of the module that a loss is in."""
+    return self.text(module_of(name))
 
   def is_staged(self, name: str) -> bool:
     """Whether a loss has been masked by this package."""
-    name = _ALIASES.get(name, name)
+    name = ALIASES.get(name, name)
     loss = self.loss(name)
-    if loss is None or not self.path(f"losses/{_ENGINE}").is_file():
+    if loss is None:
       return False
-    marks = " ".join(map(ast.unparse, (*loss.decorator_list, loss.args)))
-    functions = self.modules[wrappers()[name]].functions
-    return f"{_ENGINE}." in marks or f"_unmasked_{name}" in functions
+    functions = self.modules[module_of(name)].functions
+    if f"_unmasked_{name}" in functions:
+      return True
+    ours = _wrapper(name).decorator_list
+    marks = loss.decorator_list if ours else [loss.args]
+    return any(f"{_ENGINE}." in ast.unparse(node) for node in marks)
 
-  @functools.cached_property
-  def version(self) -> str:
-    """The release that a change will be in."""
+  @property
+  def version_as_written(self) -> str:
+    """The version of the checkout."""
     found = re.search(
-      r"""^__version__ = ["'](\d+)\.(\d+)\.(\d+)([^"']*)""",
-      self.text("__init__"),
-      re.M,
+      r"""^__version__(?:: str)? = ["'](.*)["']""", self.text("__init__"), re.M
     )
     if found is None:
       raise StagingError("optax/__init__.py has no `__version__`.")
-    major, minor, micro = map(int, found.groups()[:3])
-    return f"{major}.{minor}.{micro if found[4] else micro + 1}"
+    return found[1]
+
+  @property
+  def version(self) -> str:
+    """The release that a change will be in."""
+    version = self.version_as_written
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)", version)
+    if found is None:
+      raise StagingError(
+        f"optax/__init__.py has the version {version}, which is not understood."
+      )
+    major, minor, micro, rest = found.groups()
+    ahead = re.match(r"\.?(dev|rc|a|b)", rest)  # Of that release.
+    return f"{major}.{minor}.{int(micro or 0) + (0 if ahead else 1)}"
 
   def header(self) -> str:
     """The license at the top of a new file."""
@@ -696,15 +899,20 @@ class Checkout:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """A file that changes, or a new one, whose old text is empty."""
+  """A file that changes, or a new one, whose old text is empty.
+
+  As text it is the number of its new lines, and of those that it loses.
+  """
 
   file: str
   old: str
   new: str
 
   def __str__(self) -> str:
-    lines = len(self.new.splitlines()) - len(self.old.splitlines())
-    return f"{lines} lines more" if self.old else f"new, {lines} lines"
+    lines = difflib.ndiff(_lines(self.old), _lines(self.new))
+    signs = [line[0] for line in lines]
+    removed = f" -{signs.count('-')}" if "-" in signs else ""
+    return f"+{signs.count('+')}{removed} lines"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -713,37 +921,39 @@ class Staging:
 
   Attributes:
     checkout: The checkout.
-    texts: The new texts of the files that change.
+    changes: The files that change, in the order of their names.
     losses: The losses that are put there.
     skipped: Those that are not, each with the reason.
+    remarks: What to look at, in sentences.
   """
 
   checkout: Checkout
-  texts: Mapping[pathlib.Path, str]
+  changes: tuple[Change, ...]
   losses: tuple[str, ...]
   skipped: Mapping[str, str]
+  remarks: tuple[str, ...]
 
   def write(self, root: pathlib.Path | None = None) -> None:
-    """Writes the files, into the checkout or into a copy of it."""
-    for path, text in self.texts.items():
-      if root is not None:
-        path = root / path.relative_to(self.checkout.root)
+    """Writes all files or none, into the checkout or into a copy of it."""
+    root = root or self.checkout.root
+    for i, change in enumerate(self.changes):
       try:
-        path.write_text(text, encoding="utf-8")
+        (root / change.file).write_bytes(change.new.encode())
       except OSError as error:
-        raise StagingError(f"{path} can't be written: {error}.") from error
+        for written in self.changes[:i]:
+          if written.old:
+            (root / written.file).write_bytes(written.old.encode())
+          else:
+            (root / written.file).unlink()
+        raise StagingError(
+          f"Nothing was changed, since {error.filename} can't be written:"
+          f" {error.strerror}."
+        ) from error
 
-  @functools.cached_property
-  def changes(self) -> tuple[Change, ...]:
-    """The files that change, as they were before it was written."""
-    return tuple(
-      Change(
-        path.relative_to(self.checkout.root).as_posix(),
-        path.read_text(encoding="utf-8") if path.is_file() else "",
-        text,
-      )
-      for path, text in sorted(self.texts.items())
-    )
+  @property
+  def paths(self) -> set[pathlib.Path]:
+    """The files that change."""
+    return {self.checkout.root / change.file for change in self.changes}
 
   def patch(self) -> str:
     """The changes as `git apply` takes them."""
@@ -754,8 +964,11 @@ class Staging:
       if not change.old:
         parts.append("new file mode 100644\n")
         old = "/dev/null"
-      lines = (change.old.splitlines(True), change.new.splitlines(True))
-      parts += difflib.unified_diff(*lines, old, new)
+      before, after = _lines(change.old), _lines(change.new)
+      for line in difflib.unified_diff(before, after, old, new):
+        parts.append(line)
+        if not line.endswith("\n"):
+          parts.append("\n\\ No newline at end of file\n")
     return "".join(parts)
 
 
@@ -778,11 +991,14 @@ def stage(
   Raises:
     StagingError: If a loss is not where or what it is known to be.
   """
-  names = tuple(names) or LOSSES
+  named = tuple(names)
+  names = named or LOSSES
   unknown = [name for name in names if name not in LOSSES]
   if unknown:
+    near = difflib.get_close_matches(unknown[0], LOSSES, 3, 0.5)
     raise StagingError(
-      f"There is no loss {', '.join(unknown)}. There are {', '.join(LOSSES)}."
+      f"There is no loss {', '.join(unknown)}."
+      + (f" Did you mean {' or '.join(near)}?" if near else "")
     )
   skipped: dict[str, str] = {}
   reasons: dict[str, str] = {}
@@ -790,19 +1006,22 @@ def stage(
   todo: list[str] = []
   for name in with_called(names):
     loss = checkout.loss(name)
+    other = checkout.unknown_loss_of(name)
     if loss is None:
       reasons[name] = _missing(checkout, name)
-    elif checkout.is_staged(name) and name not in _ALIASES:
+    elif checkout.is_staged(name) and name not in ALIASES:
       skipped[name] = "it is staged already"
-    elif fingerprint(loss) in _KNOWN[name]:
-      if name in _ALIASES:
-        skipped[name] = f"it is as good as {_ALIASES[name]}, which it calls"
+    elif checkout.fingerprint(name) in _KNOWN[name] and other:
+      reasons[name] = f"it calls {other}, which is not what it was"
+    elif checkout.fingerprint(name) in _KNOWN[name]:
+      if name in ALIASES:
+        skipped[name] = f"it calls {ALIASES[name]}, which is what to stage"
       else:
         todo.append(name)
     elif {"axis", "where"} <= parameters(loss).keys():
       changed.append(name)
     else:
-      reasons[name] = _changed(loss)
+      reasons[name] = _changed(checkout, name)
   for name, fixed in (is_fixed(changed) if changed else {}).items():
     if fixed:
       skipped[name] = (
@@ -811,80 +1030,157 @@ def stage(
       )
   for name in changed:
     if name not in skipped:
-      loss = checkout.loss(name)
-      assert loss is not None
-      reasons[name] = _changed(loss)
+      reasons[name] = _changed(checkout, name)
   if reasons:
-    others = set(LOSSES) - reasons.keys()
+    options = " ".join(f"--except {name}" for name in reasons)
     raise StagingError(
       "Nothing was changed, since this is not the Optax that the wrappers were"
       " tested with:\n"
       + "".join(f"  {name}: {why}\n" for name, why in reasons.items())
-      + (
-        "Name the losses to stage with --loss, without "
-        + ("it." if len(reasons) == 1 else "these.")
-        if others and set(names) - reasons.keys()
-        else "Stage it by hand, or see whether there is a newer optax_masking."
-      ),
+      + "CONTRIBUTING.md tells what to do about a loss that has changed."
+      + ("" if named else f" For all others: {options}"),
       reasons,
     )
-  return Staging(checkout, _new_texts(checkout, todo), tuple(todo), skipped)
+  changes, remarks = _changes(checkout, todo)
+  return Staging(checkout, changes, tuple(todo), skipped, remarks)
 
 
 def _missing(checkout: Checkout, name: str) -> str:
-  place = wrappers()[name]
+  place = module_of(name)
+  exported = checkout.exports.get(name)
   found = [m for m, text in checkout.modules.items() if name in text.functions]
-  moved = f"it has moved to optax/{found[0]}.py" if found else "it is gone"
-  return f"{moved}, and was in optax/{place}.py"
+  if found == [place] == [exported]:
+    return f"optax/{place}.py defines it more than once"
+  if exported not in (None, place):
+    return f"it has moved from optax/{place}.py to optax/{exported}.py"
+  if found not in ([], [place]):
+    return f"it has moved from optax/{place}.py to optax/{found[0]}.py"
+  if found:
+    return "optax/losses/__init__.py does not import it"
+  return f"it is gone, and was a function of optax/{place}.py"
 
 
-def _changed(loss: ast.FunctionDef) -> str:
-  has = [a for a in ("axis", "where") if a in parameters(loss)]
+def _changed(checkout: Checkout, name: str) -> str:
+  loss = checkout.loss(name)
+  takes = parameters(loss).keys() & {"axis", "where"} if loss else ()
+  known = " and ".join(f"`{a}`" for a in sorted(takes))
   return (
-    "its body or its parameters have changed"
-    + (f" (it takes {' and '.join(f'`{a}`' for a in has)})" if has else "")
+    "its code or its parameters have changed"
+    + (f" (it takes {known})" if known else "")
     + ", so that its wrapper may no longer fit; its fingerprint is"
-    f" {fingerprint(loss)}"
+    f" {checkout.fingerprint(name)}"
   )
 
 
-def _new_texts(
+def _changes(
   checkout: Checkout, names: Collection[str]
-) -> dict[pathlib.Path, str]:
-  """The files of losses, the engine and the tests, with more losses masked."""
-  if not names:
-    return {}
-  before = {n for n in LOSSES if n not in _ALIASES and checkout.is_staged(n)}
+) -> tuple[tuple[Change, ...], tuple[str, ...]]:
+  """What masking more losses changes, and remarks on it."""
+  before = {n for n in LOSSES if n not in ALIASES and checkout.is_staged(n)}
+  if not names and not before:
+    return (), ()
   modules = dict(checkout.modules)
-  old = _new_files(checkout, before, modules.values())
-  for module, text in old.items():
-    if checkout.text(module) != text:
-      raise StagingError(
-        f"Nothing was changed, since optax/{module}.py is there, and is not"
-        " what this version of optax_masking writes. Start from a checkout"
-        " without it, or move it away."
-      )
   for name in names:
-    place = wrappers()[name]
-    modules[place] = Module(_staged(modules[place], name, checkout.version))
-  new = {m: module.text for m, module in modules.items()}
-  new.update(_new_files(checkout, {*before, *names}, modules.values()))
-  return {
-    checkout.path(module): text
-    for module, text in new.items()
-    if text != checkout.text(module)
-  }
+    place = module_of(name)
+    modules[place] = _checked(modules[place], name, checkout.version)
+  texts = {place: module.text for place, module in modules.items()}
+
+  staged = _new_files(checkout, before, checkout.modules.values())
+  wanted = _new_files(checkout, {*before, *names}, modules.values())
+  remarks = []
+  for place, text in wanted.items():
+    path, present = checkout.path(place), checkout.text(place)
+    free = not any(
+      p.exists() or p.is_symlink() for p in (path, path.with_suffix(""))
+    )
+    if not names and present and place.endswith(_TESTS):
+      continue  # Which may have lost a row by intent.
+    if free or (before and present == staged[place]):
+      texts[place] = text
+    elif not before or not path.is_file() or path.is_symlink():
+      raise StagingError(
+        f"Nothing was changed, since there is an optax/{place}.py or a folder"
+        " of its name, and no loss that uses it. If it is left over from an"
+        f" earlier stage, remove it, and optax/losses/{_TESTS}.py."
+      )
+    else:
+      texts[place], own = _merged(Module(present), Module(text))
+      if texts[place] != present:
+        remarks.append(
+          f"optax/{place}.py has been edited since it was staged. It is added"
+          f" to, and keeps its own {', '.join(own) or 'text'}."
+        )
+  changes = []
+  for place, text in sorted(texts.items()):
+    if text != checkout.text(place):
+      old = checkout.text_as_written(place)
+      new = text.replace("\n", "\r\n") if "\r\n" in old else text
+      changes.append(Change(f"optax/{place}.py", old, new))
+  return tuple(changes), tuple(remarks)
 
 
 def _new_files(
   checkout: Checkout, names: Collection[str], modules: Iterable[Module]
 ) -> dict[str, str]:
   """The engine that modules use, and the tests of losses; empty for none."""
+  if not names:
+    return {f"losses/{_ENGINE}": "", f"losses/{_TESTS}": ""}
   used = {
     name
     for module in modules
     for name in re.findall(rf"\b{_ENGINE}\.(\w+)", module.text)
   }
-  engine = f"{checkout.header()}\n{_engine_text(used)}" if names else ""
-  tests = f"{checkout.header()}{_tests_text(names)}" if names else ""
-  return {f"losses/{_ENGINE}": engine, f"losses/{_TESTS}": tests}
+  return {
+    f"losses/{_ENGINE}": checkout.header() + _engine_text(used),
+    f"losses/{_TESTS}": checkout.header() + _tests_text(names),
+  }
+
+
+def _merged(present: Module, wanted: Module) -> tuple[str, list[str]]:
+  """A module with what it lacks of another, and what it has otherwise."""
+  by_name = {n: node for node in present.tree.body for n in _defined_by(node)}
+  own: list[str] = []
+  edits: list[_Edit] = []
+  lacking: list[str] = []
+  end = len(present.lines)
+  if isinstance(present.tree.body[-1], ast.If):  # What runs the tests.
+    end = present.start(present.tree.body[-1])
+  # A rule follows what it is a rule of, and is lacking if that is.
+  follows = ""
+  for node in wanted.tree.body:
+    names = _defined_by(node)
+    if not names:
+      continue
+    follows = follows if names == {"_"} else min(names)
+    if follows not in by_name:
+      lacking.append(wanted.source(node).rstrip("\n"))
+      continue
+    here = by_name[follows]
+    edits += [
+      _Edit(present.start(here), f"{source}\n\n\n") for source in lacking
+    ]
+    lacking = []
+    if names == {"_CASES"}:
+      edits.append(_Edit(_end(here) - 1, _lacking_cases(here, node, wanted)))
+    elif names != {"_"} and ast.dump(here) != ast.dump(node):
+      own.append(follows)
+  before, after = ("", "\n\n\n") if end < len(present.lines) else ("\n\n", "\n")
+  edits += [_Edit(end, f"{before}{source}{after}") for source in lacking]
+  statements = [
+    s for n, s in wanted.imports.items() if n not in present.imports
+  ]
+  return _with_imports(Module(_edited(present, edits)), statements), own
+
+
+def _lacking_cases(present: ast.stmt, wanted: ast.stmt, module: Module) -> str:
+  """The rows that a table of cases does not have."""
+
+  def rows(node: ast.stmt) -> dict[str, ast.expr]:
+    assert isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+    return {ast.unparse(row).split(",")[0]: row for row in node.value.elts}
+
+  return "".join(
+    "".join(module.lines[row.lineno - 1 : _end(row)])
+    for name, row in rows(wanted).items()
+    if name not in rows(present)
+  )

@@ -10,12 +10,13 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import textwrap
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import optax_masking
 from optax_masking import _staging
 from optax_masking._staging import Checkout, StagingError
 from optax_masking.testing import CLAUSES
@@ -24,7 +25,7 @@ from optax_masking.testing import CLAUSES
 # does about them, and for which losses.
 _THREADS: Mapping[int, tuple[str, tuple[str, ...]]] = {
   902: (
-    "Part of #{}, which asks for `axis` and `where`.",
+    "Part of #{}, which asked for `axis` and `where`.",
     (
       "convex_kl_divergence",
       "cosine_distance",
@@ -60,7 +61,7 @@ _THREADS: Mapping[int, tuple[str, tuple[str, ...]]] = {
 _AUDIT = """
 import pathlib, sys
 import optax
-if not pathlib.Path(optax.__file__).is_relative_to(sys.argv[1]):
+if not pathlib.Path(optax.__file__).resolve().is_relative_to(sys.argv[1]):
   sys.exit(f"{optax.__file__} was imported, and not what is in {sys.argv[1]}")
 from optax_masking._command import main
 sys.exit(main(sys.argv[2:]))
@@ -102,8 +103,14 @@ class Verdict:
     )
 
   @property
-  def takes_where(self) -> bool:
-    return "accepts" not in self.broken
+  def clean(self) -> bool:
+    """Whether nothing was found."""
+    return not self.broken
+
+  @property
+  def takes(self) -> set[str]:
+    """`where`, if it ran with one."""
+    return set() if "accepts" in self.broken else {"where"}
 
 
 def verdicts(root: pathlib.Path, names: Sequence[str]) -> dict[str, Verdict]:
@@ -136,7 +143,7 @@ def verdicts(root: pathlib.Path, names: Sequence[str]) -> dict[str, Verdict]:
 def is_fixed(checkout: Checkout, names: Sequence[str]) -> dict[str, bool]:
   """Which losses keep the mask contract as they are in a checkout."""
   found = verdicts(checkout.root, names)
-  return {name: not verdict.broken for name, verdict in found.items()}
+  return {name: verdict.clean for name, verdict in found.items()}
 
 
 # The state of a checkout.
@@ -147,192 +154,235 @@ def status(checkout: Checkout) -> str:
   present = [n for n in _staging.LOSSES if checkout.loss(n) is not None]
   found = verdicts(checkout.root, present)
 
-  def fixed(names: Sequence[str]) -> dict[str, bool]:
-    return {name: not found[name].broken for name in names}
+  def has(name: str) -> set[str]:
+    return checkout.takes(name) | found[name].takes
 
   to_make: dict[str, str] = {}
   done: dict[str, str] = {}
   unknown: dict[str, str] = {}
   for name in _staging.LOSSES:
     try:
-      staging = _staging.stage(checkout, [name], fixed)
+      staging = _staging.stage(
+        checkout, [name], lambda names: {n: found[n].clean for n in names}
+      )
     except StagingError as error:
-      others = (f"{n}: {why}" for n, why in error.reasons.items())
-      unknown[name] = error.reasons.get(name) or _list(others) or str(error)
+      of_called = _list(f"{n}: {why}" for n, why in error.reasons.items())
+      why = error.reasons.get(name) or of_called or str(error)
+      unknown[name] = why
       continue
     if name in staging.skipped:
       done[name] = staging.skipped[name]
-    else:
-      to_make[name] = _addition(staging, name)
+      continue
+    module = f"optax/{_staging.module_of(name)}.py"
+    (change,) = (c for c in staging.changes if c.file == module)
+    lacks = _list(sorted({"axis", "where"} - has(name)))
+    with_it = _list(n for n in staging.losses if n != name)
+    to_make[name] = f"adds {lacks or 'the contract'} in {change}" + (
+      f", and to {with_it}" if with_it else ""
+    )
 
   def urgency(name: str) -> int:
-    verdict = found[name]
-    return 0 if verdict.nan_gradients else 1 if verdict.takes_where else 2
+    if found[name].nan_gradients:
+      return 0
+    return 1 if found[name].takes else 2
 
-  headings = (
-    "Pull requests that fix NaN gradients",
-    "Pull requests that fix wrong numbers",
-    "Pull requests that add `where`",
-  )
-  masked = sum({"axis", "where"} <= _takes(checkout, name) for name in present)
-  clean = sum(not verdict.broken for verdict in found.values())
-  staged = sum(checkout.is_staged(name) for name in present)
+  both = {"axis", "where"}
+  counts = {
+    "Losses": len(present),
+    "With `axis` and `where`": sum(both <= has(n) for n in present),
+    "Without a finding": sum(found[n].clean for n in present),
+    "Staged": sum(checkout.is_staged(n) for n in present),
+  }
   lines = [
-    f"Optax of {checkout.root}",
-    f"Losses: {len(present)}. With `axis` and `where`: {masked}."
-    f" Without a finding: {clean}. Staged: {staged}.",
+    f"Optax {checkout.version_as_written} in {checkout.root}",
+    " ".join(f"{what}: {number}." for what, number in counts.items()),
   ]
   number = 0
+  headings = ("fix NaN gradients", "fix wrong numbers", "add `where`")
   for rank, heading in enumerate(headings):
     names = [name for name in to_make if urgency(name) == rank]
-    lines += ["", f"{heading}: {len(names)}"] if names else []
+    if names:
+      lines += ["", f"Pull requests that {heading}: {len(names)}"]
     for name in names:
       number += 1
+      kept = _list(c for c in found[name].kept if c != "accepts")
+      facts = {
+        "has": _list(sorted(has(name))) or "neither axis nor where",
+        "keeps": kept,
+        "breaks": _list(found[name].broken) if found[name].takes else "",
+        "stage": to_make[name],
+      }
       lines += [f"{number:3}. {name}"]
-      lines += _facts("has", _has(checkout, name, found[name]))
-      if found[name].takes_where:
-        lines += _facts("breaks", _list(found[name].broken))
-      lines += _facts("stage", to_make[name])
+      for label, text in facts.items():
+        lines += _indented(f"     {label:8}", text)
   for heading, reasons in (
     ("Nothing to make", done),
     ("Not understood", unknown),
   ):
     lines += ["", f"{heading}: {len(reasons)}"] if reasons else []
-    for name, reason in reasons.items():
-      lines += [f"     {name}", *_facts("", reason)]
+    for name, why in reasons.items():
+      lines += [f"     {name}", *_indented(" " * 13, why)]
+  if to_make:
+    lines += [
+      "",
+      "To make one: optax-masking stage CHECKOUT --loss"
+      f" {min(to_make, key=urgency)}",
+      "To describe it: the same, with --message. The first one that is merged",
+      "brings the module and the tests that the others add to.",
+    ]
   return "\n".join(lines) + "\n"
-
-
-def _takes(checkout: Checkout, name: str) -> set[str]:
-  """Which of `axis` and `where` a loss takes, or the one that it returns."""
-  loss = checkout.loss(name)
-  return set(_staging.parameters(loss)) & {"axis", "where"} if loss else set()
-
-
-def _has(checkout: Checkout, name: str, verdict: Verdict) -> str:
-  takes = _list(sorted(_takes(checkout, name))) or "neither axis nor where"
-  kept = _list(c for c in verdict.kept if c != "accepts")
-  return f"{takes}; keeps {kept}" if kept else takes
-
-
-def _addition(staging: _staging.Staging, name: str) -> str:
-  """What a stage of one loss adds."""
-  lacks = {"axis", "where"} - _takes(staging.checkout, name)
-  what = _list(sorted(lacks))
-  file = f"optax/{_staging.wrappers()[name]}.py"
-  (change,) = (change for change in staging.changes if change.file == file)
-  text = f"adds {what + ' and ' if what else ''}the contract, with {change}"
-  others = [n for n in staging.losses if n != name]
-  return f"{text}, and {_list(others)}" if others else text
 
 
 def _list(names: Iterable[str]) -> str:
   return ", ".join(names)
 
 
-def _facts(label: str, text: str) -> list[str]:
-  if not text:
-    return []
-  indent = " " * 13
+def _indented(label: str, text: str) -> list[str]:
   return textwrap.wrap(
-    text, 80, initial_indent=f"     {label:8}", subsequent_indent=indent
+    text, 80, initial_indent=label, subsequent_indent=" " * 13
   )
 
 
 # The description of a pull request.
 
 
-def message(checkout: Checkout, names: Sequence[str]) -> str:
+def message(checkout: Checkout, names: Sequence[str], base: str) -> str:
   """The description of a pull request, with the audit before and after it.
 
-  Of losses that are staged in the checkout it is the commit that they were
-  staged on that is compared.
+  Losses that are staged in the checkout are described as they are there, and
+  compared with a commit, the base.
   """
   names = names or _staging.LOSSES
   with contextlib.ExitStack() as stack:
-    staged = [n for n in _staging.with_called(names) if checkout.is_staged(n)]
-    if staged:
-      checkout = stack.enter_context(_committed(checkout, staged))
-    fixed = functools.partial(is_fixed, checkout)
-    staging = _staging.stage(checkout, names, fixed)
-    if not staging.losses:
+    staging = _staging.stage(
+      checkout, names, functools.partial(is_fixed, checkout)
+    )
+    staged = [
+      name
+      for name in _staging.with_called(names)
+      if checkout.is_staged(name) and name not in _staging.ALIASES
+    ]
+    losses = sorted({*staging.losses, *staged})
+    if not losses:
       raise StagingError(
         "There is nothing to describe: "
         + "; ".join(f"{n}: {why}" for n, why in staging.skipped.items())
       )
-    before = verdicts(checkout.root, staging.losses)
-    root = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    shutil.copytree(
-      checkout.root / "optax",
-      root / "optax",
-      ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    staging.write(root)
-    after = verdicts(root, staging.losses)
-    return _description(staging, before, after)
+    before = after = checkout
+    if staged:
+      before = stack.enter_context(_committed(checkout, staged, base))
+    if staging.losses:
+      root = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+      ignored = shutil.ignore_patterns("__pycache__")
+      shutil.copytree(checkout.root / "optax", root / "optax", ignore=ignored)
+      staging.write(root)
+      after = Checkout.at(root)
+    return _description(before, after, losses)
 
 
 @contextlib.contextmanager
-def _committed(checkout: Checkout, staged: Sequence[str]) -> Iterator[Checkout]:
-  """The last commit of a checkout, in a folder of its own."""
-  command = ["git", "-C", str(checkout.root), "archive", "HEAD", "optax"]
+def _committed(
+  checkout: Checkout, staged: Sequence[str], base: str
+) -> Iterator[Checkout]:
+  """A commit of a checkout, in a folder of its own."""
+  git = ["git", "-C", str(checkout.root), "archive", "--format=zip", base]
   try:
-    done = subprocess.run(command, capture_output=True, check=True)
-  except (OSError, subprocess.CalledProcessError):
+    done = subprocess.run([*git, "optax"], capture_output=True, check=True)
+  except (OSError, subprocess.CalledProcessError) as error:
+    told = getattr(error, "stderr", None) or str(error).encode()
     raise StagingError(
-      f"{_list(staged)}: staged already, and {checkout.root} is no git"
-      " repository that has it as it was. Print the message before you stage."
+      f"{_list(staged)}: staged already, and what was before can't be had from"
+      f" git in {checkout.root}: {told.decode().strip()}"
     ) from None
   with tempfile.TemporaryDirectory() as folder:
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-      archive.extractall(folder, filter="data")
+    with zipfile.ZipFile(io.BytesIO(done.stdout)) as archive:
+      archive.extractall(folder)
     found = Checkout.at(folder)
     still = [name for name in staged if found.is_staged(name)]
     if still:
       raise StagingError(
-        f"{_list(still)}: staged already in the last commit of"
-        f" {checkout.root}. Print the message before you commit."
+        f"{_list(still)}: staged already in {base} of {checkout.root}. Name a"
+        " commit before it with --base."
       )
     yield found
 
 
+# What a mask means otherwise than before, for those that had one.
+_LOWER_RANK = (
+  "A `where` of lower rank has one entry an example. A mask that NumPy would"
+  " broadcast from the last axis, such as one of shape `[C]` for data of shape"
+  " `[B, C]`, is an error, which names the index to write."
+)
+_MEANINGS: Mapping[str, str] = {
+  "cosine_distance": (
+    "A vector with nothing included has distance 0, and not 1."
+  ),
+  "smooth_labels": (
+    "A masked class is 0, and alpha is spread over the included ones."
+  ),
+  "softmax_cross_entropy_with_integer_labels": (
+    "An example whose own class is masked has loss 0, as with one-hot labels."
+  ),
+}
+
+
 def _description(
-  staging: _staging.Staging,
-  before: Mapping[str, Verdict],
-  after: Mapping[str, Verdict],
+  before: Checkout, after: Checkout, names: Sequence[str]
 ) -> str:
   """A title, and a text in Markdown."""
-  names = staging.losses
-  new = [n for n in names if "where" not in _takes(staging.checkout, n)]
+  were, are = verdicts(before.root, names), verdicts(after.root, names)
+  added = {name: after.takes(name) - before.takes(name) for name in names}
+  if "make_fenchel_young_loss" in names:  # Of the loss that it returns.
+    added["make_fenchel_young_loss"] = {"axis", "where"}
+  old = [name for name in names if "where" not in added[name]]
+  new_arguments = sorted(set().union(*added.values()))
+  arguments = " and ".join(f"`{argument}`" for argument in new_arguments)
   what = (
-    "Add axis and where arguments to"
-    if new
+    f"Add {arguments.replace('`', '')} to"
+    if arguments
     else "Keep what is masked out of the derivatives of"
   )
-  title = f"{what} {names[0] if len(names) == 1 else f'{len(names)} losses'}"
-  of_old = [n for n in names if _is_renamed(staging, n)]
-  with_dead_branch = [n for n in of_old if n not in new]
+  title = f"{what} {' and '.join(names) if len(names) < 4 else 'losses'}"
+  each = "the loss is" if len(names) == 1 else "the losses are"
   paragraphs = [
-    "`where` tells which elements count. What the others hold, be it the NaN or"
-    " the garbage of padding, changes no value and no derivative; their own"
-    " gradient is exactly 0, and where nothing is included the result is 0, as"
-    " is its gradient. A mean with `where=` of an unmasked loss does not do"
-    " that: in its backward pass `0 * nan` is NaN.",
-    "`axis` and `where` mean what they do in `jnp.sum`; a mask with one entry"
-    " an example, so without `axis`, is accepted too. Without them the losses"
-    " are the same programs as before, with the same jaxprs.",
+    "`where` tells which elements count. What the others hold, be it the NaN"
+    " or the garbage of padding, changes no value and no derivative. Their own"
+    " gradient is exactly 0, and where nothing is included so is the result. To"
+    " select from the result of an unmasked loss is not enough: in the backward"
+    " pass `0 * nan` is NaN.",
+    "`axis` means what it does in `jnp.sum`. `where` is boolean, and has the"
+    " rank of the data, or that rank less `axis`: one entry an example. Without"
+    f" them {each} the same program as before: the jaxprs are equal.",
+  ]
+  if arguments and old:
+    paragraphs.append(
+      "\n".join(
+        f"- {_quoted([name])} gets"
+        f" {_quoted(sorted(added[name])) or 'no new argument'}."
+        for name in names
+      )
+    )
+  meanings = [f"- `{n}`: {_MEANINGS[n]}" for n in names if n in _MEANINGS]
+  refusing = [name for name in old if _staging.refuses_ambiguous_where(name)]
+  if refusing:
+    meanings.append(f"- {_quoted(refusing)}: {_LOWER_RANK}")
+  if meanings:
+    paragraphs += ["## Behavior that changes, with a mask", "\n".join(meanings)]
+  paragraphs += [
     "## Before and after",
-    "The contract is stated at the top of `optax/losses/_masking.py`. Each loss"
-    " was checked against it in float32, in values and reverse mode, with many"
-    " masks, and with NaN, infinities and the largest numbers in what they"
-    " mask.",
-    _table(before, after),
+    "What `optax-masking audit --quick` finds, of the package optax_masking"
+    f" {optax_masking.__version__}: it tries many masks, with NaN, infinities"
+    " and the largest numbers in what they mask, in float32, of values and"
+    " reverse-mode gradients.",
+    _table(were, are),
   ]
-  examples = [
-    f"- `{n}`: {before[n].message}" for n in names if before[n].takes_where
-  ]
+  broken = {c for v in (*were.values(), *are.values()) for c in v.broken}
+  key = [f"- {c}: {CLAUSES[c]}" for c in CLAUSES if c in broken - {"accepts"}]
+  if key:
+    paragraphs.append("\n".join(key))
+  examples = [f"- `{n}`: {were[n].message}" for n in names if were[n].takes]
   if examples:
-    paragraphs += ["What was found first, before:", "\n".join(examples)]
+    paragraphs += ["For example, before:", "\n".join(examples)]
   threads = [
     f"- {text.format(number)}"
     for number, (text, losses) in _THREADS.items()
@@ -340,25 +390,43 @@ def _description(
   ]
   if threads:
     paragraphs += ["## Issues", "\n".join(threads)]
-  changes = [f"- `{change.file}`: {change}" for change in staging.changes]
-  paragraphs += ["## Changes", "\n".join(changes)]
-  if of_old:
-    paragraphs.append(
-      f"Unchanged but for its name is the old body of {_quoted(of_old)}: the"
-      f" new one calls it as `_unmasked_{of_old[0]}`."
-    )
-  if with_dead_branch:
-    paragraphs.append(
-      f"The code for a mask in the old body of {_quoted(with_dead_branch)} is"
-      " not reached any more. It is left, for the change to be easy to read,"
-      " and can go."
-    )
+  paragraphs += ["## How", *_how(before, after, names)]
   return "\n\n".join([title, *paragraphs]) + "\n"
 
 
-def _is_renamed(staging: _staging.Staging, name: str) -> bool:
-  mark = f"def _unmasked_{name}("
-  return any(mark in change.new for change in staging.changes)
+def _how(
+  before: Checkout, after: Checkout, names: Sequence[str]
+) -> Iterator[str]:
+  """What was done to the files."""
+  if before.text("losses/_masking"):
+    yield "`optax/losses/_masking.py` has the decorator, and why it works."
+  else:
+    yield (
+      "A decorator replaces masked elements by numbers that add nothing to the"
+      " loss, before anything is computed. It is in a new private module,"
+      " `optax/losses/_masking.py`, which says why this works. It is larger"
+      " than one loss needs: it is what other losses with masks are to share."
+      " Calls outside of `jit` are compiled, or a mask would cost them some"
+      " more operations."
+    )
+  yield (
+    "`optax/losses/_masking_test.py` tests each loss: with garbage in what is"
+    " masked, against the data without it, with nothing and with everything"
+    " included, other axes, other ranks of masks, and second derivatives."
+  )
+  renamed = [n for n in names if f"def _unmasked_{n}(" in after.source_of(n)]
+  if renamed:
+    yield (
+      "The bodies of these go on as private functions of another name, which"
+      " the new bodies call:\n\n"
+      + "\n".join(f"- `{name}`: `_unmasked_{name}`" for name in renamed)
+    )
+  unreached = [name for name in renamed if "where" in before.takes(name)]
+  if unreached:
+    yield (
+      f"Their code for a mask is not reached any more: in {_quoted(unreached)}."
+      " It is left here, for the change to be easy to read."
+    )
 
 
 def _quoted(names: Iterable[str]) -> str:
@@ -374,9 +442,9 @@ def _table(before: Mapping[str, Verdict], after: Mapping[str, Verdict]) -> str:
 
 
 def _in_words(verdict: Verdict) -> str:
-  if not verdict.takes_where:
+  if not verdict.takes:
     return "takes no `where`"
-  if not verdict.broken:
-    return "nothing is found"
+  if verdict.clean:
+    return "no finding"
   nan = "NaN gradients; " if verdict.nan_gradients else ""
   return f"{nan}breaks {_list(verdict.broken)}"

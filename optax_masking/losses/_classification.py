@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking import _cross_entropy
 from optax_masking._arguments import Axis, Where, axes_last
+from optax_masking._cross_entropy import (
+  sigmoid_cross_entropy,
+  softmax_cross_entropy_of_class,
+  softmax_cross_entropy_of_probabilities,
+)
 from optax_masking._masking import masked_inputs
 from optax_masking.fills import (
   PerExample,
@@ -24,7 +28,7 @@ from optax_masking.losses._original import original
 @masked_inputs(
   logits=None,
   labels=None,
-  formula=_cross_entropy.of_binary,
+  formula=sigmoid_cross_entropy,
   compiled=True,
 )
 def sigmoid_binary_cross_entropy(
@@ -209,8 +213,8 @@ def sparsemax_loss(
   return original.sparsemax_loss(logits, labels)
 
 
-# At 0 and 0.5 every term and its derivatives are finite. At a hard label, and
-# integer labels know no other, the loss weights an infinity by 0.
+# At 0 and 0.5 every term and its derivatives are finite. At a label of 0 or 1
+# a derivative with respect to it may be 0 times an infinity.
 @masked_inputs(
   logits=0.0,
   labels=0.5,
@@ -341,7 +345,7 @@ def safe_softmax_cross_entropy(
 @masked_inputs(
   logits=None,
   labels=None,
-  formula=_cross_entropy.of_probabilities,
+  formula=softmax_cross_entropy_of_probabilities,
   compiled=True,
 )
 def softmax_cross_entropy(
@@ -405,7 +409,7 @@ def softmax_cross_entropy(
 @masked_inputs(
   logits=None,
   labels=PerExample(None),
-  formula=_cross_entropy.of_class,
+  formula=softmax_cross_entropy_of_class,
   compiled=True,
 )
 def softmax_cross_entropy_with_integer_labels(
@@ -1090,6 +1094,8 @@ def _batched(
   labels: jax.typing.ArrayLike,
 ) -> jax.Array:
   """Calls a loss that takes one axis of examples with any number of them."""
+  if np.ndim(labels) != np.ndim(scores) - 1:
+    return loss(scores, labels)  # Which refuses them.
   if np.ndim(scores) == 1:
     return loss(jnp.expand_dims(scores, 0), jnp.expand_dims(labels, 0))[0]
   for _ in range(np.ndim(scores) - 2):
