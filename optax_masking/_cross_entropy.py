@@ -1,38 +1,4 @@
-r"""Cross-entropies under a mask, at the cost of the unmasked ones.
-
-Let :math:`x` be the logits of an example, :math:`I` its included classes and
-
-.. math::
-  m = \max_{j \in I} x_j, \qquad z_j = x_j - m, \qquad
-  s = \sum_{j \in I} \exp z_j, \qquad \log p_j = z_j - \log s \,.
-
-The losses and their derivatives, with sums over :math:`I`, are
-
-.. math::
-  \log s - z_y, & \quad \sum_j (p_j - [j = y]) \, dx_j
-  && \text{for a class } y, \\
-  -\sum_j y_j \log p_j, & \quad \sum_j (p_j \sum_k y_k - y_j) \, dx_j -
-  \sum_j \log p_j \, dy_j && \text{for probabilities } y,
-
-and :math:`d \log p_j = dx_j - \sum_k p_k \, dx_k` gives those of higher order.
-For a single logit, :math:`\log p = -\log(1 + \exp(-x))` and
-:math:`\log(1 - p) = -\log(1 + \exp x)`, the loss is :math:`-y \log p - (1 - y)
-\log (1 - p)` and its derivative :math:`(p - y) \, dx - x \, dy`.
-
-What makes these cheap:
-
-* XLA folds an exponential into a sum, but for CPUs no select: it would write
-  all of the logits. An example that is masked as a whole is therefore computed
-  like any other, and its loss dropped. Only a mask of classes is applied to the
-  logits first.
-* The backward pass keeps the logits, :math:`m` and :math:`s`, and computes
-  :math:`p` anew (`jax.checkpoint`), in one loop. There :math:`p` is selected,
-  too: a cotangent of 0 would not silence garbage. :math:`\log p` has a
-  derivative of its own, so that neither meets garbage in those of higher order.
-  Tools that look at each operation, such as checkify's NaN checks, see garbage
-  in examples that are masked as a whole pass by.
-* The label is compared with the index of each class, in the loop that is there
-  anyway, and not scattered. For CPUs its logit is gathered.
+"""Cross-entropies under a mask, at the cost of the unmasked ones.
 
 Half precision is computed in float32, where it does not round or overflow.
 """
@@ -53,16 +19,23 @@ from optax_masking.fills import (
   on_cpus,
 )
 
-# Without barriers: the exponentials, which take most of the time, are computed
-# once if forward and backward pass are one program. With them, which is better
-# for probabilities, more is computed and less is written.
+# The backward pass keeps the logits and what normalizes them, and computes the
+# softmax anew, in one loop. Without barriers the exponentials, which take most
+# of the time, are computed once if forward and backward pass are one program.
+# With them, which is better for probabilities, more is computed and less is
+# written.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def softmax_cross_entropy_of_class(
   logits: Array, labels: Array, *, where: jax.Array, axes: Axes
 ) -> jax.Array:
-  """Cross-entropy of a softmax and class indices."""
+  r"""Cross-entropy of a softmax and class indices.
+
+  With :math:`m` and :math:`s` of `_normalizer` it is :math:`\log s - (x_y - m)`
+  for a class :math:`y`, and its derivative
+  :math:`\sum_j (p_j - [j = y]) \, dx_j`.
+  """
   rank = max(logits.ndim, labels.ndim + len(axes))
   labels = expanded(labels, rank, axes)
   shape = jnp.broadcast_shapes(logits.shape, labels.shape)
@@ -81,7 +54,12 @@ def softmax_cross_entropy_of_class(
 def softmax_cross_entropy_of_probabilities(
   logits: Array, labels: Array, *, where: jax.Array, axes: Axes
 ) -> jax.Array:
-  """Cross-entropy of a softmax and probabilities."""
+  r"""Cross-entropy of a softmax and probabilities.
+
+  With :math:`\log p_j` of `_normalizer` it is :math:`-\sum_j y_j \log p_j`, and
+  its derivative
+  :math:`\sum_j (p_j \sum_k y_k - y_j) \, dx_j - \sum_j \log p_j \, dy_j`.
+  """
   if jnp.issubdtype(labels.dtype, jnp.complexfloating):
     raise TypeError(f"`labels` must be real, but has dtype {labels.dtype}.")
   if not jnp.issubdtype(labels.dtype, jnp.floating):
@@ -106,7 +84,13 @@ def softmax_cross_entropy_of_probabilities(
 def sigmoid_cross_entropy(
   logits: Array, labels: Array, *, where: jax.Array, axes: Axes
 ) -> jax.Array:
-  """Cross-entropy of a sigmoid and probabilities."""
+  r"""Cross-entropy of a sigmoid and probabilities.
+
+  With :math:`\log p = -\log(1 + \exp(-x))` and
+  :math:`\log(1 - p) = -\log(1 + \exp x)` it is
+  :math:`-y \log p - (1 - y) \log (1 - p)`, and its derivative
+  :math:`(p - y) \, dx - x \, dy`.
+  """
   del axes  # It is elementwise.
   logits, labels = jnp.broadcast_arrays(logits, labels)
   if not jnp.issubdtype(labels.dtype, jnp.floating):
@@ -202,9 +186,12 @@ def _(axes, primals, tangents):
 
 
 def _normalizer(logits, where, axes):
-  """The maximum, and the sum of exponentials below it.
+  r"""The maximum, and the sum of exponentials below it.
 
-  Where the maximum is infinite, or there is none, 0 takes its place.
+  Of the included classes, :math:`m = \max_j x_j` and
+  :math:`s = \sum_j \exp(x_j - m)`: of the softmax,
+  :math:`\log p_j = x_j - m - \log s`. Where the maximum is infinite, or there
+  is none, 0 takes its place.
   """
   scaled, scale, least = _scaled(logits, where, axes)
   top = jnp.max(scaled, axes, keepdims=True).astype(_wide(logits.dtype))
@@ -236,7 +223,10 @@ def _scaled(logits, where, axes):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _softmax(logits, top, total, where, axes):
-  """The softmax, and 0 for what is masked."""
+  """The softmax, and 0 for what is masked.
+
+  It is selected: a cotangent of 0 would not silence garbage.
+  """
   p = _exponentials(logits, top, where, axes) * (1 / total)
   return p if _masks_classes(where, axes) else jnp.where(where, p, 0)
 
@@ -249,7 +239,11 @@ def _(axes, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _log_softmax(logits, top, total, where, axes):
-  """The logarithms of the softmax, and 0 for what is masked."""
+  r"""The logarithms of the softmax, and 0 for what is masked.
+
+  The derivative is one of its own, :math:`dx_j - \sum_k p_k \, dx_k`, in which
+  no garbage is met.
+  """
   shifted = _shifted(logits, top, where, axes)
   return jnp.where(where, shifted - jnp.log(total), 0)
 
@@ -272,7 +266,13 @@ def _shifted(logits, top, where, axes):
 
 
 def _replace_masked_classes(x, where, axes, fill, dtype):
-  """Replaces masked classes, and leaves examples masked as a whole."""
+  """Replaces masked classes, and leaves examples masked as a whole.
+
+  XLA folds an exponential into a sum, but for CPUs no select: it would write
+  all of the logits. Such an example is therefore computed like any other, and
+  its loss dropped. Tools that look at each operation, such as checkify's NaN
+  checks, see its garbage pass by.
+  """
   if not _masks_classes(where, axes):
     return x.astype(dtype)
   if x.dtype != dtype:  # A conversion would be an operation on garbage.

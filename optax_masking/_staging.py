@@ -119,7 +119,7 @@ class Module:
   @functools.cached_property
   def imports(self) -> dict[str, str]:
     """Each imported name, and the statement that imports it alone."""
-    found = {}
+    found: dict[str, str] = {}
     for node in self.tree.body:
       if isinstance(node, ast.Import | ast.ImportFrom):
         for alias in node.names:
@@ -387,9 +387,6 @@ def _engine_text(names: Iterable[str]) -> str:
     if name in used and "optax_masking" not in statement
   }
   docstring = _docstring(_own("_masking"))
-  if any(statements[node] is _own("_cross_entropy") for node in kept):
-    docstring = f"r{docstring}\n\n{_docstring(_own('_cross_entropy'))}"
-    docstring = re.sub(r'\n"""\n\nr"""', "\n\n", docstring)
   code = _joined([(node, statements[node].source(node)) for node in kept])
   text = f"{docstring}\n\n{_joined_imports(imports)}\n{code}"
   # What is for a package that exports the decorator, and its fills.
@@ -1145,6 +1142,7 @@ def _merged(present: Module, wanted: Module) -> tuple[str, list[str]]:
   end = len(present.lines)
   if isinstance(present.tree.body[-1], ast.If):  # What runs the tests.
     end = present.start(present.tree.body[-1])
+  last: ast.stmt | None = None
   # A rule follows what it is a rule of, and is lacking if that is.
   follows = ""
   for node in wanted.tree.body:
@@ -1154,11 +1152,12 @@ def _merged(present: Module, wanted: Module) -> tuple[str, list[str]]:
     follows = follows if names == {"_"} else min(names)
     if follows not in by_name:
       lacking.append(wanted.source(node).rstrip("\n"))
+      last = node
       continue
     here = by_name[follows]
-    edits += [
-      _Edit(present.start(here), f"{source}\n\n\n") for source in lacking
-    ]
+    small = isinstance(here, ast.Assign) and isinstance(last, ast.Assign)
+    gap = "\n" if small else "\n\n\n"
+    edits += [_Edit(present.start(here), source + gap) for source in lacking]
     lacking = []
     if names == {"_CASES"}:
       edits.append(_Edit(_end(here) - 1, _lacking_cases(here, node, wanted)))
