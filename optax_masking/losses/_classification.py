@@ -25,6 +25,7 @@ from optax_masking.fills import (
 from optax_masking.losses._original import original
 
 
+# The formula selects what is included.
 @masked_inputs(
   logits=None,
   labels=None,
@@ -123,7 +124,7 @@ def hinge_loss(
   return original.hinge_loss(predictor_outputs, targets)
 
 
-# As for hinge_loss.
+# At a product of 0 the derivatives are the other factor, 0.
 @masked_inputs(predictor_outputs=0.0, targets=0.0, compiled=True)
 def perceptron_loss(
   predictor_outputs: jax.typing.ArrayLike,
@@ -342,6 +343,7 @@ def safe_softmax_cross_entropy(
   return original.safe_softmax_cross_entropy(logits, labels)
 
 
+# The formula selects what is included.
 @masked_inputs(
   logits=None,
   labels=None,
@@ -406,6 +408,7 @@ def softmax_cross_entropy(
   return original.softmax_cross_entropy(logits, labels, axis=axis)
 
 
+# The formula selects what is included.
 @masked_inputs(
   logits=None,
   labels=PerExample(None),
@@ -527,7 +530,7 @@ def multiclass_hinge_loss(
   return original.multiclass_hinge_loss(x, labels)
 
 
-# As for multiclass_hinge_loss.
+# What is far below the maximum does not change it.
 @masked_inputs(
   scores=far_below,
   labels=class_index,
@@ -582,7 +585,7 @@ def multiclass_perceptron_loss(
   return original.multiclass_perceptron_loss(x, labels)
 
 
-# As for safe_softmax_cross_entropy: a label of 0 removes both terms of a class.
+# The class is not in the normalizer; a label of 0 removes both of its terms.
 @masked_inputs(
   logits=below_maximum,
   labels=0.0,
@@ -758,7 +761,7 @@ def kl_divergence_with_log_targets(
   )
 
 
-# As for kl_divergence, and exp(0) - 1 = 0.
+# 1 * (log 1 - 0) = 0, and exp(0) - 1 = 0.
 @masked_inputs(
   log_predictions=0.0, targets=1.0, refuse_ambiguous_where=True, compiled=True
 )

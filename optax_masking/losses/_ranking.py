@@ -12,7 +12,7 @@ from optax_masking.fills import below_maximum
 from optax_masking.losses._original import original
 
 
-# As for softmax_cross_entropy. A weight multiplies a label of 0.
+# A masked item is not in the normalizer. Its weight multiplies a label of 0.
 @masked_inputs(
   logits=below_maximum,
   labels=0.0,

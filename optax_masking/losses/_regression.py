@@ -52,6 +52,7 @@ def _error(predictions, targets, where):
   return select(where, predictions - targets, 0)
 
 
+# The formula selects what is included.
 @masked_inputs(
   predictions=None,
   targets=None,
@@ -107,6 +108,7 @@ def squared_error(
   return original.squared_error(predictions, targets)
 
 
+# The formula selects what is included.
 @masked_inputs(
   predictions=None,
   targets=None,
@@ -159,8 +161,8 @@ def l2_loss(
   return original.l2_loss(predictions, targets)
 
 
-# An error of 0 is 0, with a derivative of 0.
-# delta is multiplied by an error of 0; at 1 its derivatives are finite.
+# An error of 0 is 0, with a derivative of 0. It is multiplied by delta, whose
+# derivatives at 1 are finite.
 @masked_inputs(predictions=0.0, targets=0.0, delta=1.0, compiled=True)
 def huber_loss(
   predictions: jax.typing.ArrayLike,
@@ -210,6 +212,7 @@ def huber_loss(
   return original.huber_loss(predictions, targets, delta=delta)
 
 
+# The formula selects what is included.
 @masked_inputs(
   predictions=None,
   targets=None,
@@ -259,6 +262,7 @@ def log_cosh(
   return original.log_cosh(predictions, targets)
 
 
+# 0 adds nothing to the product and the norms, of which none may be 0.
 @masked_inputs(
   predictions=zero_unless_empty,
   targets=zero_unless_empty,
@@ -321,6 +325,7 @@ def cosine_similarity(
   )
 
 
+# 0 adds nothing to the product and the norms, of which none may be 0.
 @masked_inputs(
   predictions=zero_unless_empty,
   targets=zero_unless_empty,
