@@ -33,8 +33,15 @@ SLOW = (
   "test_guard",
   "test_audit.py",
   "test_pytest_plugin.py",
+  "test_one_loss",
 )
-QUICK = ("FindingTest", "HandWorked", "recompilation", "Deprecation")
+QUICK = (
+  "FindingTest",
+  "HandWorked",
+  "recompilation",
+  "Deprecation",
+  "test_one_loss_sigmoid_focal_loss",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -156,7 +156,7 @@ class StagingTestCase(parameterized.TestCase):
 
 
 class StageTest(StagingTestCase):
-  @parameterized.parameters(*LOSSES)
+  @parameterized.named_parameters((name, name) for name in LOSSES)
   def test_one_loss(self, name):
     before = content(self.root)
     self.stage(name)
