@@ -522,7 +522,10 @@ def _staged(module: Module, name: str, version: str) -> str:
     if present is None:
       line = _line_of_helper(module, ours, node)
       edits.append(_Edit(line, _source_of_helper(ours, node)))
-    elif ast.dump(present) != ast.dump(node):  # If not, it came with another.
+    elif not any(
+      node in _helpers(ours, [ours.functions[other]])
+      for other in _masked_in(module)
+    ):  # If not, it came with another.
       raise StagingError(
         f"{name}: its wrapper needs a function {helper}, and another one has"
         " that name. Nothing was changed."
@@ -548,14 +551,31 @@ def _staged(module: Module, name: str, version: str) -> str:
   )
 
 
+def _masked_in(module: Module) -> list[str]:
+  """The losses of a module that are staged."""
+  return [n for n in module.functions if n in LOSSES and _is_masked(module, n)]
+
+
+def _is_masked(module: Module, name: str) -> bool:
+  """Whether a loss has the decorator of its wrapper, or else its parameters."""
+  if f"_unmasked_{name}" in module.functions:
+    return True
+  loss = module.functions[name]
+  marks = loss.decorator_list if _wrapper(name).decorator_list else [loss.args]
+  return any(f"{_ENGINE}." in ast.unparse(node) for node in marks)
+
+
 def _checked(module: Module, name: str, version: str) -> Module:
   """A module with one loss masked, if its text is understood."""
   try:
     staged = Module(_staged(module, name, version))
-    # All that it had, and what a mask needs.
-    old, new = module.functions.keys(), staged.functions.keys()
+    # All that it had, once, and what a mask needs.
+    old = [node.name for node in module.functions.values()]
+    new = [n.name for n in staged.tree.body if isinstance(n, ast.FunctionDef)]
     takes = parameters(_wrapper(name)).keys()
-    if old <= new and takes <= parameters(staged.functions[name]).keys():
+    if all(new.count(n) == 1 for n in old) and (
+      takes <= parameters(staged.functions[name]).keys()
+    ):
       return staged
   except (SyntaxError, ValueError, LookupError):
     pass
@@ -626,24 +646,28 @@ def _docstring_edits(
   if "where" not in parameters(wrapper):
     notes.append("The loss that is returned takes ``axis`` and ``where``.")
   section = [i for i, line in enumerate(lines) if line.strip() == "Args:"]
+  if added and not section:
+    raise StagingError(f"{loss.name}: its docstring has no `Args:`.")
   if section:
-    start, end = section[0] + 1, section[0] + 1
+    start = section[0] + 1
+    while not lines[start].strip():
+      start += 1
+    end = start
     while end < len(lines) and lines[end].strip():
       end += 1
     indent = re.match(" *", lines[start])[0]  # type: ignore[index]
     ours = _entries(ast.get_docstring(wrapper) or "")
     new = [_entry(ours[argument], indent) for argument in added]
     edits.append(_Edit(begin + end, "".join(new)))
-    if "where" in parameters(loss):
-      entry = next(
-        i for i in range(start, end) if lines[i].startswith(f"{indent}where:")
-      )
-      entry += 1
+    of_where = [
+      i for i in range(start, end) if lines[i].startswith(f"{indent}where:")
+    ]
+    if of_where and "where" in parameters(loss):
+      entry = of_where[0] + 1
       while entry < end and lines[entry].startswith(f"{indent} "):
         entry += 1
-      edits.append(
-        _Edit(begin + entry, _wrapped(_RANK_OF_WHERE, f"{indent}  "))
-      )
+      text = _wrapped(_RANK_OF_WHERE, f"{indent}  ")
+      edits.append(_Edit(begin + entry, text))
   if "where" in parameters(loss):
     notes.append("Masked elements change no value and no derivative.")
   if "where" in parameters(loss) and refuses_ambiguous_where(loss.name):
@@ -671,6 +695,8 @@ def _wrapped(text: str, indent: str, first: str | None = None) -> str:
     80,
     initial_indent=indent if first is None else first,
     subsequent_indent=indent,
+    break_long_words=False,
+    break_on_hyphens=False,
   )
   return "".join(f"{line}\n" for line in lines)
 
@@ -737,7 +763,11 @@ def _with_imports(module: Module, statements: Iterable[str]) -> str:
     before = [
       n for n in group if _sort_key(ast.unparse(n)) <= _sort_key(statement)
     ]
-    line = _end(before[-1]) if before else (group or present)[0].lineno - 1
+    line = 0
+    if before or group or present:
+      line = _end(before[-1]) if before else (group or present)[0].lineno - 1
+    elif ast.get_docstring(module.tree) is not None:
+      line = _end(module.tree.body[0])
     gap = "" if group else "\n"
     edits[line] = edits.get(line, "") + f"{statement}\n{gap}"
   return _edited(module, [_Edit(line, text) for line, text in edits.items()])
@@ -854,15 +884,9 @@ class Checkout:
   def is_staged(self, name: str) -> bool:
     """Whether a loss has been masked by this package."""
     name = ALIASES.get(name, name)
-    loss = self.loss(name)
-    if loss is None:
-      return False
-    functions = self.modules[module_of(name)].functions
-    if f"_unmasked_{name}" in functions:
-      return True
-    ours = _wrapper(name).decorator_list
-    marks = loss.decorator_list if ours else [loss.args]
-    return any(f"{_ENGINE}." in ast.unparse(node) for node in marks)
+    return self.loss(name) is not None and _is_masked(
+      self.modules[module_of(name)], name
+    )
 
   @property
   def version_as_written(self) -> str:
@@ -1101,7 +1125,13 @@ def _changes(
         f" earlier stage, remove it, and optax/losses/{_TESTS}.py."
       )
     else:
-      texts[place], own = _merged(Module(present), Module(text))
+      try:
+        texts[place], own = _merged(Module(present), Module(text))
+      except SyntaxError as error:
+        raise StagingError(
+          f"Nothing was changed, since optax/{place}.py, line {error.lineno},"
+          f" is not Python: {error.msg}."
+        ) from error
       if texts[place] != present:
         remarks.append(
           f"optax/{place}.py has been edited since it was staged. It is added"
@@ -1175,7 +1205,11 @@ def _lacking_cases(present: ast.stmt, wanted: ast.stmt, module: Module) -> str:
   """The rows that a table of cases does not have."""
 
   def rows(node: ast.stmt) -> dict[str, ast.expr]:
-    assert isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)):
+      raise StagingError(
+        f"Nothing was changed, since _CASES of optax/losses/{_TESTS}.py is no"
+        " tuple of rows any more, to which another could be added."
+      )
     return {ast.unparse(row).split(",")[0]: row for row in node.value.elts}
 
   return "".join(

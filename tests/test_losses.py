@@ -839,6 +839,20 @@ def sparsemax_conjugate(scores):
   p = upstream.projections.projection_simplex(scores)
   return p @ scores - p @ p / 2
 
+  @parameterized.parameters(((5,), (5,)), ((5,), (1,)), ((3, 5), ()))
+  def test_sparsemax_labels_of_wrong_rank(self, *shapes):
+    """They are refused as Optax refuses them, not read as a batch of one."""
+    scores, labels = (np.zeros(shape, "float32") for shape in shapes)
+    labels = labels.astype(int)
+    losses = (upstream.losses, optax.losses)
+    errors = []
+    for loss in (module.multiclass_sparsemax_loss for module in losses):
+      with self.assertRaises(Exception) as caught:
+        loss(jnp.asarray(scores), jnp.asarray(labels))
+      errors.append(caught.exception)
+    self.assertEqual(type(errors[0]), type(errors[1]))
+    self.assertEqual(str(errors[0]), str(errors[1]))
+
 
 class FenchelYoungTest(parameterized.TestCase):
   @parameterized.product(

@@ -301,6 +301,16 @@ class StageTest(StagingTestCase):
       self.assertEqual(got, expected)
       self.assertEmpty(undefined(edited[file]))
 
+  def test_edited_helper(self):
+    """A function that came with another loss, and was edited since."""
+    self.stage("squared_error")
+    file = "optax/losses/_regression.py"
+    self.edit(file, "Makes the formula of a loss", "Makes a formula of a loss")
+    self.stage("l2_loss")
+    text = (self.root / file).read_text()
+    self.assertEqual(text.count("def _of_error("), 1)
+    self.assertIn("Makes a formula of a loss", text)
+
   def test_lost(self):
     """What is not there any more is put there again."""
     self.stage("hinge_loss")
@@ -309,10 +319,16 @@ class StageTest(StagingTestCase):
     (self.root / ENGINE).unlink()
     self.stage("hinge_loss")
     self.assertEqual(content(self.root), whole)
-    (self.root / ENGINE).write_text('"""Empty."""\n\nimport jax\n')
-    self.stage("hinge_loss")
-    self.assertEmpty(undefined((self.root / ENGINE).read_text()))
-    self.edit(ENGINE, '"""Empty."""', "")
+    for text in ('"""Empty."""\n\nimport jax\n', "X = 1\n"):
+      (self.root / ENGINE).write_text(text)
+      self.stage("hinge_loss")
+      engine = (self.root / ENGINE).read_text()
+      self.assertEmpty(undefined(engine))
+      self.assertIn("def masked_inputs(", engine)
+      self.assertIn(text.split("\n")[0], engine)
+    (self.root / ENGINE).write_text("def\n")
+    message = "_masking.py, line 1, is not Python"
+    self.assert_refused("stage", self.root, message=message)
 
   def test_left_over(self):
     """Files of a stage that was taken back."""
@@ -598,6 +614,27 @@ class PlantedTest(StagingTestCase):
     (self.root / file).write_text(as_it_was)
     self.stage("log_cosh")
     self.assertIn('"""Log cosh.', (self.root / file).read_text())
+
+  def test_written_otherwise(self):
+    """What is the same to Python, and is not understood, is no traceback."""
+    file = "optax/losses/_regression.py"
+    arguments = ("stage", self.root, "--loss", "log_cosh")
+    message = "log_cosh: its .* is written in a way that is not understood"
+    text = (self.root / file).read_text()
+    loss = definition(text, "log_cosh")
+    end = loss.args.defaults[-1]
+    lines = text.splitlines(True)
+    line = lines[end.lineno - 1]
+    lines[end.lineno - 1] = f"{line[: end.col_offset]}(None),\n"
+    (self.root / file).write_text("".join(lines))
+    self.assert_refused(*arguments, message=message)
+    (self.root / file).write_text(
+      text.replace("def cosine_distance(", "def  cosine_distance (")
+    )
+    self.assert_refused(
+      *("stage", self.root, "--loss", "cosine_distance"),
+      message=message.replace("log_cosh", "cosine_distance"),
+    )
 
   @pytest.mark.slow
   def test_maskable(self):
