@@ -27,7 +27,8 @@ reduced axes, the fill is a function of the included elements.
 On the way out, a slice with nothing included is replaced by 0 (clause 4).
 
 A loss may have another formula under a mask. It need not fill what it selects
-elsewhere, but owes the same.
+elsewhere, and may compute with garbage that reaches no result. For the rest it
+owes the same.
 """
 
 import contextlib
