@@ -16,7 +16,13 @@ import jax
 import optax
 
 import optax_masking
-from optax_masking import _audit, _audit_formats, _staging, _upstream
+from optax_masking import (
+  _audit,
+  _audit_formats,
+  _staging,
+  _upstream,
+  _wrappers,
+)
 from optax_masking.testing import CLAUSES
 
 FORMATS = ("text", "markdown", "json", "github", "html")
@@ -387,7 +393,7 @@ def _run_stage(given: argparse.Namespace) -> int:
   checkout = _staging.Checkout.at(given.checkout)
   names = given.loss
   if given.left_out:
-    names = [n for n in _staging.LOSSES if n not in given.left_out]
+    names = [n for n in _wrappers.LOSSES if n not in given.left_out]
   if given.message:
     _write(_upstream.message(checkout, names, given.base), None)
     return 0

@@ -15,72 +15,43 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import io
 import pathlib
 import re
 import textwrap
-import tokenize
-from collections.abc import (
-  Callable,
-  Collection,
-  Iterable,
-  Mapping,
-  Sequence,
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from optax_masking._source import (
+  Edit,
+  Module,
+  defined_by,
+  edited,
+  end_of,
+  lines_of,
+  names_in,
+  needed,
+  parameters,
+  with_imports,
+)
+from optax_masking._wrappers import (
+  ALIASES,
+  ENGINE,
+  KNOWN,
+  LOSSES,
+  TESTS,
+  engine_text,
+  fills_only,
+  is_a_call,
+  module_of,
+  own,
+  places,
+  refuses_ambiguous_where,
+  tests_text,
+  translated,
+  with_called,
+  wrapper_of,
 )
 
-_PACKAGE = pathlib.Path(__file__).parent
-_ENGINE = "_masking"
-_TESTS = "_masking_test"
-# The modules of the engine, each after those that it needs.
-_ENGINE_PARTS = (
-  "fills",
-  "_arguments",
-  "_signatures",
-  "_masking",
-  "_cross_entropy",
-)
 _YEAR = 2026  # Of the license of new files.
-
-# What each loss was when its wrapper was tested with it: a `fingerprint` for
-# Optax 0.2.7 and 0.2.8, and another if it differs in commit 2edbcbe2.
-_KNOWN = {
-  "binary_dice_loss": ("3ae98a10",),
-  "convex_kl_divergence": ("200e36fc",),
-  "cosine_distance": ("770e02c1",),
-  "cosine_similarity": ("c9a363db",),
-  "ctc_loss": ("8cebdd80",),
-  "ctc_loss_with_forward_probs": ("91732f90",),
-  "dice_loss": ("6008cf68", "4e4ed75a"),
-  "generalized_kl_divergence": ("522956b3",),
-  "hinge_loss": ("c7597056",),
-  "huber_loss": ("0c328dec",),
-  "kl_divergence": ("fcfa2a1e",),
-  "kl_divergence_with_log_targets": ("ba393901",),
-  "l2_loss": ("85cf2c50",),
-  "log_cosh": ("053fd849",),
-  "make_fenchel_young_loss": ("5f8e6a5a",),
-  "multiclass_generalized_dice_loss": ("3fb94ed9",),
-  "multiclass_hinge_loss": ("0555c84a",),
-  "multiclass_perceptron_loss": ("568b91a4",),
-  "multiclass_sparsemax_loss": ("37639fac",),
-  "ntxent": ("0dda955b",),
-  "perceptron_loss": ("9be3f7c3",),
-  "poly_loss_cross_entropy": ("53656573",),
-  "ranking_softmax_loss": ("eb71e2ed",),
-  "safe_softmax_cross_entropy": ("7cdce703",),
-  "sigmoid_binary_cross_entropy": ("fa58b3e2",),
-  "sigmoid_focal_loss": ("ca92d550", "b25df937"),
-  "smooth_labels": ("f96ddf7e",),
-  "softmax_cross_entropy": ("d199865b",),
-  "softmax_cross_entropy_with_integer_labels": ("53a93425",),
-  "sparsemax_loss": ("c74fb491",),
-  "squared_error": ("5cb021b1",),
-  "triplet_margin_loss": ("0832ee6a",),
-}
-# A deprecated name of another loss, which it calls with `axis` and `where`.
-ALIASES = {"convex_kl_divergence": "generalized_kl_divergence"}
-
-LOSSES = tuple(_KNOWN)
 
 
 class StagingError(Exception):
@@ -95,357 +66,7 @@ class StagingError(Exception):
     self.reasons = reasons or {}
 
 
-# Modules as text.
-
-
-@dataclasses.dataclass(frozen=True)
-class Module:
-  """A module as text, and what it consists of."""
-
-  text: str
-
-  @functools.cached_property
-  def tree(self) -> ast.Module:
-    return ast.parse(self.text)
-
-  @functools.cached_property
-  def lines(self) -> list[str]:
-    return _lines(self.text)
-
-  @functools.cached_property
-  def functions(self) -> dict[str, ast.FunctionDef]:
-    return {n.name: n for n in self.tree.body if isinstance(n, ast.FunctionDef)}
-
-  @functools.cached_property
-  def imports(self) -> dict[str, str]:
-    """Each imported name, and the statement that imports it alone."""
-    found: dict[str, str] = {}
-    for node in self.tree.body:
-      if isinstance(node, ast.Import | ast.ImportFrom):
-        for alias in node.names:
-          one = (
-            ast.ImportFrom(node.module, [alias], 0)
-            if isinstance(node, ast.ImportFrom)
-            else ast.Import([alias])
-          )
-          name = alias.asname or alias.name.partition(".")[0]
-          found.setdefault(name, ast.unparse(one))
-    return found
-
-  def start(self, node: ast.stmt) -> int:
-    """The line at which a statement begins, with its comment and decorators."""
-    decorators = getattr(node, "decorator_list", [])
-    line = min(n.lineno for n in (node, *decorators)) - 1
-    while line and self.lines[line - 1].startswith("#"):
-      line -= 1
-    return line
-
-  def source(self, node: ast.stmt) -> str:
-    return "".join(self.lines[self.start(node) : node.end_lineno])
-
-
-def _lines(text: str) -> list[str]:
-  """Lines as Python and git count them: they end with a newline."""
-  return re.findall(r"[^\n]*\n|[^\n]+\Z", text)
-
-
-def _end(node: ast.AST) -> int:
-  """The number of lines up to the end of a node."""
-  return getattr(node, "end_lineno", None) or 0
-
-
-def _names_in(*nodes: ast.AST) -> set[str]:
-  return {
-    n.id for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)
-  }
-
-
-def _defined_by(node: ast.stmt) -> set[str]:
-  """What a statement at the top of a module defines."""
-  if isinstance(node, ast.FunctionDef | ast.ClassDef):
-    return {node.name}
-  if isinstance(node, ast.Assign):
-    return _names_in(*node.targets)
-  return set()
-
-
-def _needed(
-  statements: Sequence[ast.stmt], names: Iterable[str]
-) -> list[ast.stmt]:
-  """The statements that define names, and what these use, in their order."""
-  by_name: dict[str, list[ast.stmt]] = {}
-  for node in statements:
-    for name in _defined_by(node):
-      if name == "_":  # A rule, which comes with what it is a rule of.
-        assert isinstance(node, ast.FunctionDef)
-        (rule,) = (
-          n
-          for decorator in node.decorator_list
-          for n in ast.walk(decorator)
-          if isinstance(n, ast.Attribute) and n.attr == "defjvp"
-        )
-        name = ast.unparse(rule.value)
-      by_name.setdefault(name, []).append(node)
-  found: set[ast.stmt] = set()
-  todo = list(names)
-  while todo:
-    for node in by_name.get(todo.pop(), ()):
-      if node not in found:
-        found.add(node)
-        todo += _names_in(node)
-  return [node for node in statements if node in found]
-
-
-def _hanging(text: str) -> str:
-  """Indents what is inside of brackets by 4 spaces, as Optax does, not by 2."""
-  depths: dict[int, int] = {}
-  depth = 0
-  ignored = (tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.NEWLINE)
-  for token in tokenize.generate_tokens(io.StringIO(text).readline):
-    line = token.start[0]
-    bracket = token.string if token.type == tokenize.OP else ""
-    if token.type not in ignored:
-      depths.setdefault(line, depth - (bracket in (")", "]", "}")))
-      for inside in range(line + 1, token.end[0] + 1):
-        depths.setdefault(inside, 0)  # Of a string.
-    depth += (bracket in ("(", "[", "{")) - (bracket in (")", "]", "}"))
-  return "".join(
-    "  " * depths.get(number, 0) + line
-    for number, line in enumerate(_lines(text), 1)
-  )
-
-
-def _joined(blocks: Sequence[tuple[ast.stmt, str]]) -> str:
-  """Statements, with two empty lines around functions and classes."""
-  text = ""
-  before: ast.stmt | None = None
-  for node, source in blocks:
-    if before is not None:
-      small = isinstance(before, ast.Assign) and isinstance(node, ast.Assign)
-      if not small:
-        text += "\n\n"
-      elif source.startswith("#"):
-        text += "\n"
-    text += source.rstrip("\n") + "\n"
-    before = node
-  return text
-
-
-def _joined_imports(statements: Iterable[str]) -> str:
-  """Import statements in their order, those from one module as one."""
-  names: dict[str, set[str]] = {}
-  lines: dict[str, str] = {}  # By module.
-  for statement in statements:
-    words = statement.split()
-    if words[0] == "from":
-      names.setdefault(words[1], set()).add(" ".join(words[3:]))
-      joined = ", ".join(sorted(names[words[1]]))
-      lines[words[1]] = f"from {words[1]} import {joined}"
-    else:
-      lines[words[1]] = statement
-  groups: list[list[str]] = [[], []]
-  for module in sorted(lines):
-    groups[_is_third_party(lines[module])].append(lines[module])
-  return "\n\n".join("\n".join(group) for group in groups if group) + "\n"
-
-
-def _sort_key(statement: str) -> list[str]:
-  """The module, and what is imported from it."""
-  return statement.split()[1::2]
-
-
-def _is_third_party(statement: str) -> bool:
-  root = statement.split()[1].partition(".")[0]
-  return root in ("absl", "jax", "numpy", "optax")
-
-
-# This package's side.
-
-
-@functools.cache
-def _own(name: str) -> Module:
-  path = _PACKAGE / f"{name}.py"
-  return Module(_hanging(path.read_text(encoding="utf-8")))
-
-
-@functools.cache
-def _modules() -> dict[str, str]:
-  """The losses of this package, each with its module."""
-  return {
-    name: f"losses/{path.stem}"
-    for path in sorted((_PACKAGE / "losses").glob("_*.py"))
-    for name in _own(f"losses/{path.stem}").functions
-    if not name.startswith("_")
-  }
-
-
-def module_of(name: str) -> str:
-  """The module of a loss, as `"losses/_regression"`: here, and in Optax."""
-  return _modules()[name]
-
-
-def _wrapper(name: str) -> ast.FunctionDef:
-  return _own(module_of(name)).functions[name]
-
-
-def _is_a_call(name: str) -> bool:
-  """Whether a wrapper does no more than call the loss."""
-  body = _wrapper(name).body[1:]
-  return (
-    len(body) == 1
-    and isinstance(body[0], ast.Return)
-    and isinstance(body[0].value, ast.Call)
-    and ast.unparse(body[0].value.func) == f"original.{name}"
-  )
-
-
-def refuses_ambiguous_where(name: str) -> bool:
-  """Whether a lower rank of the mask meant something else to the loss."""
-  keywords = {
-    keyword.arg
-    for decorator in _wrapper(name).decorator_list
-    if isinstance(decorator, ast.Call)
-    for keyword in decorator.keywords
-  }
-  return "refuse_ambiguous_where" in keywords
-
-
-def _fills_only(name: str) -> bool:
-  """Whether all that is masked is filled with numbers.
-
-  Then a loss that uses the mask by itself may do so: it is of no consequence.
-  """
-  (decorator,) = _wrapper(name).decorator_list
-  assert isinstance(decorator, ast.Call)
-  return all(
-    isinstance(keyword.value, ast.Constant) and keyword.value.value is not None
-    for keyword in decorator.keywords
-  )
-
-
-def with_called(names: Iterable[str]) -> list[str]:
-  """Losses, after those of them that they call with a mask."""
-  found: dict[str, None] = {}
-  for name in names:
-    called = (_names_in(_wrapper(name)) & set(LOSSES)) - {name}
-    found.update(dict.fromkeys(with_called(sorted(called))))
-    found.setdefault(name)
-  return list(found)
-
-
-@functools.cache
-def _translated(name: str, in_place: bool) -> Module:
-  """The module of a wrapper, with the names that things have in Optax."""
-  module = _own(module_of(name))
-  engine = {
-    imported
-    for imported, statement in module.imports.items()
-    if statement.startswith("from optax_masking")
-  } - {"original"}
-
-  def in_optax(node: ast.AST) -> str | None:
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-      if node.value.id == "original":
-        if node.attr == name and not in_place:
-          return f"_unmasked_{name}"
-        place = module_of(node.attr)
-        if place != module_of(name):
-          return f"{place.rpartition('/')[2]}.{node.attr}"
-        return node.attr
-    elif isinstance(node, ast.Name) and node.id in engine:
-      return f"{_ENGINE}.{node.id}"
-    return None
-
-  lines = [line.encode() for line in module.lines]  # Offsets are of bytes.
-  found = [
-    (node.lineno - 1, node.col_offset, node.end_col_offset or 0, text)
-    for node in ast.walk(module.tree)
-    if isinstance(node, ast.expr) and (text := in_optax(node))
-  ]
-  for line, start, end, text in sorted(found, reverse=True):
-    lines[line] = lines[line][:start] + text.encode() + lines[line][end:]
-  return Module(b"".join(lines).decode())
-
-
-def _engine_text(names: Iterable[str]) -> str:
-  """The new module: some names, and what these need."""
-  parts = [_own(name) for name in _ENGINE_PARTS]
-  statements = {
-    node: part
-    for part in parts
-    for node in part.tree.body
-    if _defined_by(node) - {"__all__"}
-  }
-  defined = [name for node in statements for name in _defined_by(node) - {"_"}]
-  assert len(defined) == len(set(defined)), "Two parts define one name."
-  kept = _needed(list(statements), names)
-  used = _names_in(*kept)
-  imports = {
-    statement
-    for part in parts
-    for name, statement in part.imports.items()
-    if name in used and "optax_masking" not in statement
-  }
-  docstring = _docstring(_own("_masking"))
-  code = _joined([(node, statements[node].source(node)) for node in kept])
-  text = f"{docstring}\n\n{_joined_imports(imports)}\n{code}"
-  # What is for a package that exports the decorator, and its fills.
-  text = re.sub(r"\n\n +Examples:\n.*?(?=\n +\"\"\")", "", text, flags=re.S)
-  return re.sub(r"\n\n +Those of :mod:`optax_masking\.fills` .*", "", text)
-
-
-def _docstring(module: Module) -> str:
-  return module.source(module.tree.body[0]).rstrip("\n")
-
-
-def _losses_in(node: ast.AST) -> set[str]:
-  """The losses that a test calls by name."""
-  return {
-    n.attr
-    for n in ast.walk(node)
-    if isinstance(n, ast.Attribute) and n.attr in LOSSES
-  }
-
-
-def _tests_text(names: Collection[str]) -> str:
-  """Tests of losses, beside Optax's own and in their style."""
-  template = _own(_TESTS)
-  cases = next(
-    node for node in template.tree.body if _defined_by(node) == {"_CASES"}
-  )
-  assert isinstance(cases, ast.Assign) and isinstance(cases.value, ast.Tuple)
-  left_out = {
-    line
-    for row in cases.value.elts
-    if isinstance(row, ast.Tuple)
-    and isinstance(row.elts[0], ast.Constant)
-    and str(row.elts[0].value).partition("__")[0] not in names
-    for line in range(row.lineno - 1, _end(row))
-  }
-  module = Module(
-    "".join(x for i, x in enumerate(template.lines) if i not in left_out)
-  )
-  body = module.tree.body
-  classes = [
-    node.name
-    for node in body
-    if isinstance(node, ast.ClassDef) and _losses_in(node) <= set(names)
-  ]
-  statements = _needed(body, classes)
-  imports = {
-    statement
-    for name, statement in module.imports.items()
-    if name in _names_in(*statements, body[-1])
-  }
-  code = _joined(
-    [(node, module.source(node)) for node in (*statements, body[-1])]
-  )
-  docstring = _docstring(module)
-  lines = "".join(f"{s}\n" for s in sorted(imports, key=_sort_key))
-  return f"{docstring}\n\n{lines}\n{code}"
-
-
-# Optax's side.
+# One loss.
 
 
 def fingerprint(module: Module, name: str) -> str:
@@ -456,7 +77,7 @@ def fingerprint(module: Module, name: str) -> str:
   loss = module.functions[name]
   others = [f for n, f in module.functions.items() if n not in LOSSES]
   text = ""
-  for node in (loss, *_needed(others, _names_in(loss))):
+  for node in (loss, *needed(others, names_in(loss))):
     (bare,) = ast.parse(ast.unparse(node)).body
     assert isinstance(bare, ast.FunctionDef)
     a = bare.args
@@ -469,40 +90,13 @@ def fingerprint(module: Module, name: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def parameters(node: ast.FunctionDef) -> dict[str, ast.expr | None]:
-  """The parameters of a function, and their defaults."""
-  a = node.args
-  positional = [*a.posonlyargs, *a.args]
-  missing = [None] * (len(positional) - len(a.defaults))
-  named = [*positional, *a.kwonlyargs]
-  defaults = [*missing, *a.defaults, *a.kw_defaults]
-  return {x.arg: d for x, d in zip(named, defaults, strict=True)}
-
-
-@dataclasses.dataclass
-class _Edit:
-  """Text to insert before a line, in the place of some of them or of none."""
-
-  line: int
-  text: str
-  end: int | None = None
-
-
-def _edited(module: Module, edits: Sequence[_Edit]) -> str:
-  """A module after edits; those of one line in their order."""
-  lines = list(module.lines)
-  for edit in sorted(reversed(edits), key=lambda e: e.line, reverse=True):
-    lines[edit.line : edit.line if edit.end is None else edit.end] = [edit.text]
-  return "".join(lines)
-
-
 def _staged(module: Module, name: str, version: str) -> str:
   """The text of a module of Optax with one of its losses masked."""
   loss = module.functions[name]
   has = parameters(loss)
-  added = [a for a in parameters(_wrapper(name)) if a not in has]
-  in_place = _is_a_call(name) and ("where" not in has or _fills_only(name))
-  ours = _translated(name, in_place)
+  added = [a for a in parameters(wrapper_of(name)) if a not in has]
+  in_place = is_a_call(name) and ("where" not in has or fills_only(name))
+  ours = translated(name, in_place)
   wrapper = ours.functions[name]
   docstring, *body = wrapper.body
   inserted: list[ast.AST] = list(wrapper.decorator_list)
@@ -514,14 +108,14 @@ def _staged(module: Module, name: str, version: str) -> str:
   if added:
     edits.append(_signature_edit(module, loss, wrapper, added))
   if not in_place:
-    code = "".join(ours.lines[_end(docstring) : _end(wrapper)])
-    edits.append(_body_edit(module, loss, code, _names_in(*inserted)))
+    code = "".join(ours.lines[end_of(docstring) : end_of(wrapper)])
+    edits.append(_body_edit(module, loss, code, names_in(*inserted)))
   for node in helpers:
-    (helper,) = _defined_by(node)
+    (helper,) = defined_by(node)
     present = module.functions.get(helper)
     if present is None:
       line = _line_of_helper(module, ours, node)
-      edits.append(_Edit(line, _source_of_helper(ours, node)))
+      edits.append(Edit(line, _source_of_helper(ours, node)))
     elif not any(
       node in _helpers(ours, [ours.functions[other]])
       for other in _masked_in(module)
@@ -531,22 +125,22 @@ def _staged(module: Module, name: str, version: str) -> str:
         " that name. Nothing was changed."
       )
   decorators = ours.lines[ours.start(wrapper) : wrapper.lineno - 1]
-  edits.append(_Edit(module.start(loss), "".join(decorators)))
+  edits.append(Edit(module.start(loss), "".join(decorators)))
 
-  siblings = {place.rpartition("/")[2] for place in _modules().values()}
+  siblings = {place.rpartition("/")[2] for place in places().values()}
   imports = {
-    **_own(module_of(name)).imports,
-    **{n: f"from optax.losses import {n}" for n in (_ENGINE, *siblings)},
+    **own(module_of(name)).imports,
+    **{n: f"from optax.losses import {n}" for n in (ENGINE, *siblings)},
   }
-  wanted = imports.keys() & (_names_in(*inserted) | {_ENGINE})
+  wanted = imports.keys() & (names_in(*inserted) | {ENGINE})
   for imported in wanted & module.imports.keys():
     if module.imports[imported] != imports[imported]:
       raise StagingError(
         f"{name}: its wrapper needs `{imports[imported]}`, and there is"
         f" `{module.imports[imported]}`. Nothing was changed."
       )
-  return _with_imports(
-    Module(_edited(module, edits)),
+  return with_imports(
+    Module(edited(module, edits)),
     [imports[imported] for imported in wanted - module.imports.keys()],
   )
 
@@ -561,8 +155,10 @@ def _is_masked(module: Module, name: str) -> bool:
   if f"_unmasked_{name}" in module.functions:
     return True
   loss = module.functions[name]
-  marks = loss.decorator_list if _wrapper(name).decorator_list else [loss.args]
-  return any(f"{_ENGINE}." in ast.unparse(node) for node in marks)
+  marks = (
+    loss.decorator_list if wrapper_of(name).decorator_list else [loss.args]
+  )
+  return any(f"{ENGINE}." in ast.unparse(node) for node in marks)
 
 
 def _checked(module: Module, name: str, version: str) -> Module:
@@ -572,7 +168,7 @@ def _checked(module: Module, name: str, version: str) -> Module:
     # All that it had, once, and what a mask needs.
     old = [node.name for node in module.functions.values()]
     new = [n.name for n in staged.tree.body if isinstance(n, ast.FunctionDef)]
-    takes = parameters(_wrapper(name)).keys()
+    takes = parameters(wrapper_of(name)).keys()
     if all(new.count(n) == 1 for n in old) and (
       takes <= parameters(staged.functions[name]).keys()
     ):
@@ -587,20 +183,20 @@ def _checked(module: Module, name: str, version: str) -> Module:
 
 def _body_edit(
   module: Module, loss: ast.FunctionDef, code: str, used: Collection[str]
-) -> _Edit:
+) -> Edit:
   """Another body, behind which the old one goes on if it is used."""
   docstring, first = loss.body[0], loss.body[1]
   if f"_unmasked_{loss.name}" not in used:
-    return _Edit(_end(docstring), code, _end(loss))
+    return Edit(end_of(docstring), code, end_of(loss))
   lines = module.lines[loss.lineno - 1 : docstring.lineno - 1]
   signature = "".join(lines)
   signature = signature.replace(
     f"def {loss.name}(", f"def _unmasked_{loss.name}("
   )
   # Behind an empty line, if there is one.
-  line = _end(docstring)
+  line = end_of(docstring)
   line += not module.lines[line].strip() and line < first.lineno - 1
-  return _Edit(line, f"{code}\n\n{signature}")
+  return Edit(line, f"{code}\n\n{signature}")
 
 
 def _line_of_helper(module: Module, ours: Module, node: ast.stmt) -> int:
@@ -619,8 +215,8 @@ def _source_of_helper(ours: Module, node: ast.stmt) -> str:
 
 def _helpers(ours: Module, nodes: Iterable[ast.AST]) -> list[ast.stmt]:
   """What the module of a wrapper defines besides losses, and nodes need."""
-  others = [n for n in ours.tree.body if _defined_by(n) - set(LOSSES)]
-  return _needed(others, _names_in(*nodes))
+  others = [n for n in ours.tree.body if defined_by(n) - set(LOSSES)]
+  return needed(others, names_in(*nodes))
 
 
 def _docstring_edits(
@@ -629,10 +225,10 @@ def _docstring_edits(
   wrapper: ast.FunctionDef,
   added: Sequence[str],
   version: str,
-) -> list[_Edit]:
+) -> list[Edit]:
   """Entries for the arguments, and a note of the version."""
   docstring = loss.body[0]
-  begin, last = docstring.lineno - 1, _end(docstring) - 1
+  begin, last = docstring.lineno - 1, end_of(docstring) - 1
   lines = module.lines[begin:last]
   if ast.get_docstring(loss) is None or module.lines[last].strip() != '"""':
     raise StagingError(
@@ -658,7 +254,7 @@ def _docstring_edits(
     indent = re.match(" *", lines[start])[0]  # type: ignore[index]
     ours = _entries(ast.get_docstring(wrapper) or "")
     new = [_entry(ours[argument], indent) for argument in added]
-    edits.append(_Edit(begin + end, "".join(new)))
+    edits.append(Edit(begin + end, "".join(new)))
     of_where = [
       i for i in range(start, end) if lines[i].startswith(f"{indent}where:")
     ]
@@ -667,7 +263,7 @@ def _docstring_edits(
       while entry < end and lines[entry].startswith(f"{indent} "):
         entry += 1
       text = _wrapped(_RANK_OF_WHERE, f"{indent}  ")
-      edits.append(_Edit(begin + entry, text))
+      edits.append(Edit(begin + entry, text))
   if "where" in parameters(loss):
     notes.append("Masked elements change no value and no derivative.")
   if "where" in parameters(loss) and refuses_ambiguous_where(loss.name):
@@ -678,7 +274,7 @@ def _docstring_edits(
   )
   if follows is None or follows[1] != version:
     text = f"  .. versionchanged:: {version}\n{text}"
-  edits.append(_Edit(last, text if follows else f"\n{text}"))
+  edits.append(Edit(last, text if follows else f"\n{text}"))
   return edits
 
 
@@ -723,57 +319,30 @@ def _signature_edit(
   loss: ast.FunctionDef,
   wrapper: ast.FunctionDef,
   added: Iterable[str],
-) -> _Edit:
+) -> Edit:
   """New keywords behind the parameters of a loss."""
   defaults = parameters(wrapper)
   a = loss.args
   nodes = [*a.posonlyargs, *a.args, *a.kwonlyargs, *a.defaults, *a.kw_defaults]
   line, column = max(
-    (_end(node), getattr(node, "end_col_offset", 0)) for node in nodes if node
+    (end_of(node), getattr(node, "end_col_offset", 0)) for node in nodes if node
   )
   text = "" if a.kwonlyargs or a.vararg else "    *,\n"
   for argument in added:
     default = defaults[argument]
     assert default is not None
-    kind = f"{_ENGINE}.{argument.capitalize()}"
+    kind = f"{ENGINE}.{argument.capitalize()}"
     text += f"    {argument}: {kind} = {ast.unparse(default)},\n"
   last = module.lines[line - 1].encode()
   before, rest = last[:column].decode(), last[column:].decode()
   if rest.startswith(","):
-    return _Edit(line, text)
+    return Edit(line, text)
   if rest.lstrip().startswith(")"):
-    return _Edit(line - 1, f"{before},\n{text}{rest.lstrip()}", line)
-  return _Edit(line - 1, f"{before},{rest}{text}", line)
+    return Edit(line - 1, f"{before},\n{text}{rest.lstrip()}", line)
+  return Edit(line - 1, f"{before},{rest}{text}", line)
 
 
-def _with_imports(module: Module, statements: Iterable[str]) -> str:
-  """A module that imports more, each where the order has it."""
-  edits: dict[int, str] = {}
-  present = [
-    node
-    for node in module.tree.body
-    if isinstance(node, ast.Import | ast.ImportFrom)
-  ]
-  for statement in sorted(statements, key=_sort_key):
-    group = [
-      node
-      for node in present
-      if _is_third_party(ast.unparse(node)) == _is_third_party(statement)
-    ]
-    before = [
-      n for n in group if _sort_key(ast.unparse(n)) <= _sort_key(statement)
-    ]
-    line = 0
-    if before or group or present:
-      line = _end(before[-1]) if before else (group or present)[0].lineno - 1
-    elif ast.get_docstring(module.tree) is not None:
-      line = _end(module.tree.body[0])
-    gap = "" if group else "\n"
-    edits[line] = edits.get(line, "") + f"{statement}\n{gap}"
-  return _edited(module, [_Edit(line, text) for line, text in edits.items()])
-
-
-# The whole.
+# All of it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -820,7 +389,7 @@ class Checkout:
     """The modules of losses, without their tests."""
     found = {}
     for path in sorted((self.root / "optax" / "losses").glob("_*.py")):
-      if path.stem not in (_ENGINE, "__init__") and not path.stem.endswith(
+      if path.stem not in (ENGINE, "__init__") and not path.stem.endswith(
         "_test"
       ):
         name = f"losses/{path.stem}"
@@ -849,7 +418,7 @@ class Checkout:
     module = self.modules.get(place)
     if module is None or self.exports.get(name) != place:
       return None
-    bound = [n for n in module.tree.body if name in _defined_by(n)]
+    bound = [n for n in module.tree.body if name in defined_by(n)]
     return module.functions.get(name) if len(bound) == 1 else None
 
   def fingerprint(self, name: str) -> str:
@@ -861,14 +430,14 @@ class Checkout:
     loss = self.loss(name)
     if loss is None:
       return None
-    called = _names_in(loss) | {
+    called = names_in(loss) | {
       node.attr for node in ast.walk(loss) if isinstance(node, ast.Attribute)
     }
     for other in LOSSES:
       if other in called - {name} and not self.is_staged(other):
         if self.loss(other) is None:
           return other
-        if self.fingerprint(other) not in _KNOWN[other]:
+        if self.fingerprint(other) not in KNOWN[other]:
           return other
     return None
 
@@ -930,7 +499,7 @@ class Change:
   new: str
 
   def __str__(self) -> str:
-    lines = difflib.ndiff(_lines(self.old), _lines(self.new))
+    lines = difflib.ndiff(lines_of(self.old), lines_of(self.new))
     signs = [line[0] for line in lines]
     removed = f" -{signs.count('-')}" if "-" in signs else ""
     return f"+{signs.count('+')}{removed} lines"
@@ -985,7 +554,7 @@ class Staging:
       if not change.old:
         parts.append("new file mode 100644\n")
         old = "/dev/null"
-      before, after = _lines(change.old), _lines(change.new)
+      before, after = lines_of(change.old), lines_of(change.new)
       for line in difflib.unified_diff(before, after, old, new):
         parts.append(line)
         if not line.endswith("\n"):
@@ -1032,9 +601,9 @@ def stage(
       reasons[name] = _missing(checkout, name)
     elif checkout.is_staged(name) and name not in ALIASES:
       skipped[name] = "it is staged already"
-    elif checkout.fingerprint(name) in _KNOWN[name] and other:
+    elif checkout.fingerprint(name) in KNOWN[name] and other:
       reasons[name] = f"it calls {other}, which is not what it was"
-    elif checkout.fingerprint(name) in _KNOWN[name]:
+    elif checkout.fingerprint(name) in KNOWN[name]:
       if name in ALIASES:
         skipped[name] = f"it calls {ALIASES[name]}, which is what to stage"
       else:
@@ -1114,7 +683,7 @@ def _changes(
     free = not any(
       p.exists() or p.is_symlink() for p in (path, path.with_suffix(""))
     )
-    if not names and present and place.endswith(_TESTS):
+    if not names and present and place.endswith(TESTS):
       continue  # Which may have lost a row by intent.
     if free or (before and present == staged[place]):
       texts[place] = text
@@ -1122,7 +691,7 @@ def _changes(
       raise StagingError(
         f"Nothing was changed, since there is an optax/{place}.py or a folder"
         " of its name, and no loss that uses it. If it is left over from an"
-        f" earlier stage, remove it, and optax/losses/{_TESTS}.py."
+        f" earlier stage, remove it, and optax/losses/{TESTS}.py."
       )
     else:
       try:
@@ -1151,23 +720,23 @@ def _new_files(
 ) -> dict[str, str]:
   """The engine that modules use, and the tests of losses; empty for none."""
   if not names:
-    return {f"losses/{_ENGINE}": "", f"losses/{_TESTS}": ""}
+    return {f"losses/{ENGINE}": "", f"losses/{TESTS}": ""}
   used = {
     name
     for module in modules
-    for name in re.findall(rf"\b{_ENGINE}\.(\w+)", module.text)
+    for name in re.findall(rf"\b{ENGINE}\.(\w+)", module.text)
   }
   return {
-    f"losses/{_ENGINE}": checkout.header() + _engine_text(used),
-    f"losses/{_TESTS}": checkout.header() + _tests_text(names),
+    f"losses/{ENGINE}": checkout.header() + engine_text(used),
+    f"losses/{TESTS}": checkout.header() + tests_text(names),
   }
 
 
 def _merged(present: Module, wanted: Module) -> tuple[str, list[str]]:
   """A module with what it lacks of another, and what it has otherwise."""
-  by_name = {n: node for node in present.tree.body for n in _defined_by(node)}
+  by_name = {n: node for node in present.tree.body for n in defined_by(node)}
   own: list[str] = []
-  edits: list[_Edit] = []
+  edits: list[Edit] = []
   lacking: list[str] = []
   end = len(present.lines)
   if isinstance(present.tree.body[-1], ast.If):  # What runs the tests.
@@ -1176,7 +745,7 @@ def _merged(present: Module, wanted: Module) -> tuple[str, list[str]]:
   # A rule follows what it is a rule of, and is lacking if that is.
   follows = ""
   for node in wanted.tree.body:
-    names = _defined_by(node)
+    names = defined_by(node)
     if not names:
       continue
     follows = follows if names == {"_"} else min(names)
@@ -1187,18 +756,18 @@ def _merged(present: Module, wanted: Module) -> tuple[str, list[str]]:
     here = by_name[follows]
     small = isinstance(here, ast.Assign) and isinstance(last, ast.Assign)
     gap = "\n" if small else "\n\n\n"
-    edits += [_Edit(present.start(here), source + gap) for source in lacking]
+    edits += [Edit(present.start(here), source + gap) for source in lacking]
     lacking = []
     if names == {"_CASES"}:
-      edits.append(_Edit(_end(here) - 1, _lacking_cases(here, node, wanted)))
+      edits.append(Edit(end_of(here) - 1, _lacking_cases(here, node, wanted)))
     elif names != {"_"} and ast.dump(here) != ast.dump(node):
       own.append(follows)
   before, after = ("", "\n\n\n") if end < len(present.lines) else ("\n\n", "\n")
-  edits += [_Edit(end, f"{before}{source}{after}") for source in lacking]
+  edits += [Edit(end, f"{before}{source}{after}") for source in lacking]
   statements = [
     s for n, s in wanted.imports.items() if n not in present.imports
   ]
-  return _with_imports(Module(_edited(present, edits)), statements), own
+  return with_imports(Module(edited(present, edits)), statements), own
 
 
 def _lacking_cases(present: ast.stmt, wanted: ast.stmt, module: Module) -> str:
@@ -1207,13 +776,13 @@ def _lacking_cases(present: ast.stmt, wanted: ast.stmt, module: Module) -> str:
   def rows(node: ast.stmt) -> dict[str, ast.expr]:
     if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)):
       raise StagingError(
-        f"Nothing was changed, since _CASES of optax/losses/{_TESTS}.py is no"
+        f"Nothing was changed, since _CASES of optax/losses/{TESTS}.py is no"
         " tuple of rows any more, to which another could be added."
       )
     return {ast.unparse(row).split(",")[0]: row for row in node.value.elts}
 
   return "".join(
-    "".join(module.lines[row.lineno - 1 : _end(row)])
+    "".join(module.lines[row.lineno - 1 : end_of(row)])
     for name, row in rows(wanted).items()
     if name not in rows(present)
   )

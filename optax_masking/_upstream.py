@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optax_masking
-from optax_masking import _staging
+from optax_masking import _staging, _wrappers
 from optax_masking._staging import Checkout, StagingError
 from optax_masking.testing import CLAUSES
 
@@ -151,7 +151,7 @@ def is_fixed(checkout: Checkout, names: Sequence[str]) -> dict[str, bool]:
 
 def status(checkout: Checkout) -> str:
   """What each loss of a checkout has, and the pull requests still to make."""
-  present = [n for n in _staging.LOSSES if checkout.loss(n) is not None]
+  present = [n for n in _wrappers.LOSSES if checkout.loss(n) is not None]
   found = verdicts(checkout.root, present)
 
   def has(name: str) -> set[str]:
@@ -160,7 +160,7 @@ def status(checkout: Checkout) -> str:
   to_make: dict[str, str] = {}
   done: dict[str, str] = {}
   unknown: dict[str, str] = {}
-  for name in _staging.LOSSES:
+  for name in _wrappers.LOSSES:
     try:
       staging = _staging.stage(
         checkout, [name], lambda names: {n: found[n].clean for n in names}
@@ -173,7 +173,7 @@ def status(checkout: Checkout) -> str:
     if name in staging.skipped:
       done[name] = staging.skipped[name]
       continue
-    module = f"optax/{_staging.module_of(name)}.py"
+    module = f"optax/{_wrappers.module_of(name)}.py"
     (change,) = (c for c in staging.changes if c.file == module)
     lacks = _list(sorted({"axis", "where"} - has(name)))
     with_it = _list(n for n in staging.losses if n != name)
@@ -252,15 +252,15 @@ def message(checkout: Checkout, names: Sequence[str], base: str) -> str:
   Losses that are staged in the checkout are described as they are there, and
   compared with a commit, the base.
   """
-  names = names or _staging.LOSSES
+  names = names or _wrappers.LOSSES
   with contextlib.ExitStack() as stack:
     staging = _staging.stage(
       checkout, names, functools.partial(is_fixed, checkout)
     )
     staged = [
       name
-      for name in _staging.with_called(names)
-      if checkout.is_staged(name) and name not in _staging.ALIASES
+      for name in _wrappers.with_called(names)
+      if checkout.is_staged(name) and name not in _wrappers.ALIASES
     ]
     losses = sorted({*staging.losses, *staged})
     if not losses:
@@ -363,7 +363,7 @@ def _description(
       )
     )
   meanings = [f"- `{n}`: {_MEANINGS[n]}" for n in names if n in _MEANINGS]
-  refusing = [name for name in old if _staging.refuses_ambiguous_where(name)]
+  refusing = [name for name in old if _wrappers.refuses_ambiguous_where(name)]
   if refusing:
     meanings.append(f"- {_quoted(refusing)}: {_LOWER_RANK}")
   if meanings:

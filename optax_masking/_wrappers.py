@@ -1,0 +1,255 @@
+"""The wrappers and the engine of this package, as they are to be in Optax."""
+
+import ast
+import functools
+import pathlib
+import re
+from collections.abc import Collection, Iterable
+
+from optax_masking._source import (
+  Module,
+  defined_by,
+  end_of,
+  hanging,
+  joined,
+  joined_imports,
+  names_in,
+  needed,
+  sort_key,
+)
+
+_PACKAGE = pathlib.Path(__file__).parent
+ENGINE = "_masking"
+TESTS = "_masking_test"
+# The modules of the engine, each after those that it needs.
+_ENGINE_PARTS = (
+  "fills",
+  "_arguments",
+  "_signatures",
+  "_masking",
+  "_cross_entropy",
+)
+
+# What each loss was when its wrapper was tested with it: a `fingerprint` for
+# Optax 0.2.7 and 0.2.8, and another if it differs in commit 2edbcbe2.
+KNOWN = {
+  "binary_dice_loss": ("3ae98a10",),
+  "convex_kl_divergence": ("200e36fc",),
+  "cosine_distance": ("770e02c1",),
+  "cosine_similarity": ("c9a363db",),
+  "ctc_loss": ("8cebdd80",),
+  "ctc_loss_with_forward_probs": ("91732f90",),
+  "dice_loss": ("6008cf68", "4e4ed75a"),
+  "generalized_kl_divergence": ("522956b3",),
+  "hinge_loss": ("c7597056",),
+  "huber_loss": ("0c328dec",),
+  "kl_divergence": ("fcfa2a1e",),
+  "kl_divergence_with_log_targets": ("ba393901",),
+  "l2_loss": ("85cf2c50",),
+  "log_cosh": ("053fd849",),
+  "make_fenchel_young_loss": ("5f8e6a5a",),
+  "multiclass_generalized_dice_loss": ("3fb94ed9",),
+  "multiclass_hinge_loss": ("0555c84a",),
+  "multiclass_perceptron_loss": ("568b91a4",),
+  "multiclass_sparsemax_loss": ("37639fac",),
+  "ntxent": ("0dda955b",),
+  "perceptron_loss": ("9be3f7c3",),
+  "poly_loss_cross_entropy": ("53656573",),
+  "ranking_softmax_loss": ("eb71e2ed",),
+  "safe_softmax_cross_entropy": ("7cdce703",),
+  "sigmoid_binary_cross_entropy": ("fa58b3e2",),
+  "sigmoid_focal_loss": ("ca92d550", "b25df937"),
+  "smooth_labels": ("f96ddf7e",),
+  "softmax_cross_entropy": ("d199865b",),
+  "softmax_cross_entropy_with_integer_labels": ("53a93425",),
+  "sparsemax_loss": ("c74fb491",),
+  "squared_error": ("5cb021b1",),
+  "triplet_margin_loss": ("0832ee6a",),
+}
+# A deprecated name of another loss, which it calls with `axis` and `where`.
+ALIASES = {"convex_kl_divergence": "generalized_kl_divergence"}
+
+LOSSES = tuple(KNOWN)
+
+
+@functools.cache
+def own(name: str) -> Module:
+  path = _PACKAGE / f"{name}.py"
+  return Module(hanging(path.read_text(encoding="utf-8")))
+
+
+@functools.cache
+def places() -> dict[str, str]:
+  """The losses of this package, each with its module."""
+  return {
+    name: f"losses/{path.stem}"
+    for path in sorted((_PACKAGE / "losses").glob("_*.py"))
+    for name in own(f"losses/{path.stem}").functions
+    if not name.startswith("_")
+  }
+
+
+def module_of(name: str) -> str:
+  """The module of a loss, as `"losses/_regression"`: here, and in Optax."""
+  return places()[name]
+
+
+def wrapper_of(name: str) -> ast.FunctionDef:
+  return own(module_of(name)).functions[name]
+
+
+def is_a_call(name: str) -> bool:
+  """Whether a wrapper does no more than call the loss."""
+  body = wrapper_of(name).body[1:]
+  return (
+    len(body) == 1
+    and isinstance(body[0], ast.Return)
+    and isinstance(body[0].value, ast.Call)
+    and ast.unparse(body[0].value.func) == f"original.{name}"
+  )
+
+
+def refuses_ambiguous_where(name: str) -> bool:
+  """Whether a lower rank of the mask meant something else to the loss."""
+  keywords = {
+    keyword.arg
+    for decorator in wrapper_of(name).decorator_list
+    if isinstance(decorator, ast.Call)
+    for keyword in decorator.keywords
+  }
+  return "refuse_ambiguous_where" in keywords
+
+
+def fills_only(name: str) -> bool:
+  """Whether all that is masked is filled with numbers.
+
+  Then a loss that uses the mask by itself may do so: it is of no consequence.
+  """
+  (decorator,) = wrapper_of(name).decorator_list
+  assert isinstance(decorator, ast.Call)
+  return all(
+    isinstance(keyword.value, ast.Constant) and keyword.value.value is not None
+    for keyword in decorator.keywords
+  )
+
+
+def with_called(names: Iterable[str]) -> list[str]:
+  """Losses, after those of them that they call with a mask."""
+  found: dict[str, None] = {}
+  for name in names:
+    called = (names_in(wrapper_of(name)) & set(LOSSES)) - {name}
+    found.update(dict.fromkeys(with_called(sorted(called))))
+    found.setdefault(name)
+  return list(found)
+
+
+@functools.cache
+def translated(name: str, in_place: bool) -> Module:
+  """The module of a wrapper, with the names that things have in Optax."""
+  module = own(module_of(name))
+  engine = {
+    imported
+    for imported, statement in module.imports.items()
+    if statement.startswith("from optax_masking")
+  } - {"original"}
+
+  def in_optax(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+      if node.value.id == "original":
+        if node.attr == name and not in_place:
+          return f"_unmasked_{name}"
+        place = module_of(node.attr)
+        if place != module_of(name):
+          return f"{place.rpartition('/')[2]}.{node.attr}"
+        return node.attr
+    elif isinstance(node, ast.Name) and node.id in engine:
+      return f"{ENGINE}.{node.id}"
+    return None
+
+  lines = [line.encode() for line in module.lines]  # Offsets are of bytes.
+  found = [
+    (node.lineno - 1, node.col_offset, node.end_col_offset or 0, text)
+    for node in ast.walk(module.tree)
+    if isinstance(node, ast.expr) and (text := in_optax(node))
+  ]
+  for line, start, end, text in sorted(found, reverse=True):
+    lines[line] = lines[line][:start] + text.encode() + lines[line][end:]
+  return Module(b"".join(lines).decode())
+
+
+def engine_text(names: Iterable[str]) -> str:
+  """The new module: some names, and what these need."""
+  parts = [own(name) for name in _ENGINE_PARTS]
+  statements = {
+    node: part
+    for part in parts
+    for node in part.tree.body
+    if defined_by(node) - {"__all__"}
+  }
+  defined = [name for node in statements for name in defined_by(node) - {"_"}]
+  assert len(defined) == len(set(defined)), "Two parts define one name."
+  kept = needed(list(statements), names)
+  used = names_in(*kept)
+  imports = {
+    statement
+    for part in parts
+    for name, statement in part.imports.items()
+    if name in used and "optax_masking" not in statement
+  }
+  docstring = _docstring(own("_masking"))
+  code = joined([(node, statements[node].source(node)) for node in kept])
+  text = f"{docstring}\n\n{joined_imports(imports)}\n{code}"
+  # What is for a package that exports the decorator, and its fills.
+  text = re.sub(r"\n\n +Examples:\n.*?(?=\n +\"\"\")", "", text, flags=re.S)
+  return re.sub(r"\n\n +Those of :mod:`optax_masking\.fills` .*", "", text)
+
+
+def _docstring(module: Module) -> str:
+  return module.source(module.tree.body[0]).rstrip("\n")
+
+
+def _losses_in(node: ast.AST) -> set[str]:
+  """The losses that a test calls by name."""
+  return {
+    n.attr
+    for n in ast.walk(node)
+    if isinstance(n, ast.Attribute) and n.attr in LOSSES
+  }
+
+
+def tests_text(names: Collection[str]) -> str:
+  """Tests of losses, beside Optax's own and in their style."""
+  template = own(TESTS)
+  cases = next(
+    node for node in template.tree.body if defined_by(node) == {"_CASES"}
+  )
+  assert isinstance(cases, ast.Assign) and isinstance(cases.value, ast.Tuple)
+  left_out = {
+    line
+    for row in cases.value.elts
+    if isinstance(row, ast.Tuple)
+    and isinstance(row.elts[0], ast.Constant)
+    and str(row.elts[0].value).partition("__")[0] not in names
+    for line in range(row.lineno - 1, end_of(row))
+  }
+  module = Module(
+    "".join(x for i, x in enumerate(template.lines) if i not in left_out)
+  )
+  body = module.tree.body
+  classes = [
+    node.name
+    for node in body
+    if isinstance(node, ast.ClassDef) and _losses_in(node) <= set(names)
+  ]
+  statements = needed(body, classes)
+  imports = {
+    statement
+    for name, statement in module.imports.items()
+    if name in names_in(*statements, body[-1])
+  }
+  code = joined(
+    [(node, module.source(node)) for node in (*statements, body[-1])]
+  )
+  docstring = _docstring(module)
+  lines = "".join(f"{s}\n" for s in sorted(imports, key=sort_key))
+  return f"{docstring}\n\n{lines}\n{code}"
