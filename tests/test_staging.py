@@ -202,10 +202,12 @@ class StageTest(StagingTestCase):
       if function.get_name() != "_":
         uses = re.findall(rf"\b{function.get_name()}\b", text)
         self.assertGreater(len(uses), 1, function.get_name())
-    rows = set(re.findall(r'"(\w+)"', after[STAGED_TESTS])) & {*LOSSES}
     called = {"ctc_loss": {"ctc_loss_with_forward_probs"}}.get(name, set())
-    self.assertEqual(rows, {name} | called)
-    if name == "sigmoid_focal_loss":
+    more = {"sigmoid_focal_loss": {"sigmoid_focal_loss__of_weights"}}
+    rows = set(re.findall(r'^ +\(?"(\w+)"', after[STAGED_TESTS], re.M))
+    self.assertEqual(rows, {name} | called | more.get(name, set()))
+    self.assertNotIn("IntegerLabelsTest", after[STAGED_TESTS])
+    if name in ("sigmoid_focal_loss", "kl_divergence"):
       self.assertNotIn("_unmasked_", after[module])
     imports = re.findall(r"(?m)^from (optax\S*) import (\w+)", after[module])
     self.assertEqual(imports, sorted(imports))
@@ -282,6 +284,9 @@ class StageTest(StagingTestCase):
 
     names = ("hinge_loss", "softmax_cross_entropy", "cosine_distance")
     _, err = self.stage(*names)
+    # With functions that have rules, besides others of which some are there.
+    names += ("softmax_cross_entropy_with_integer_labels",)
+    self.stage(names[-1])
     self.assertRegex(err, "_masking.py has been edited.* its own boolean_mask")
     edited = content(self.root)
     other = self.copy()
@@ -431,7 +436,8 @@ class StageTest(StagingTestCase):
 
   @parameterized.parameters("crlf", "no newline at the end")
   def test_ends_of_lines(self, kind):
-    path = self.root / "optax/losses/_smoothing.py"
+    # Of which the last line is of the loss.
+    path = self.root / "optax/losses/_classification.py"
     text = path.read_bytes()
     text = text.replace(b"\n", b"\r\n") if kind == "crlf" else text[:-1]
     path.write_bytes(text)
@@ -440,8 +446,9 @@ class StageTest(StagingTestCase):
     git(self.root, "add", ".")
     git(self.root, "commit", "-m", "As it is.")
     file = self.root / "losses.patch"
-    run("stage", self.root, "--loss", "smooth_labels", "--patch", file)
-    self.stage("smooth_labels")
+    name = "multiclass_sparsemax_loss"
+    run("stage", self.root, "--loss", name, "--patch", file)
+    self.stage(name)
     staged = path.read_bytes()
     if kind == "crlf":
       self.assertEqual(staged.count(b"\r\n"), staged.count(b"\n"))
@@ -617,6 +624,18 @@ class PlantedTest(StagingTestCase):
     (self.root / file).write_text(as_it_was)
     self.stage("log_cosh")
     self.assertIn('"""Log cosh.', (self.root / file).read_text())
+
+  def test_comment(self):
+    """One behind the last parameter stays there."""
+    file = "optax/losses/_ranking.py"
+    lines = (self.root / file).read_text().splitlines(keepends=True)
+    loss = definition("".join(lines), "ranking_softmax_loss")
+    line = loss.args.kwonlyargs[-1].end_lineno - 1
+    lines[line] = lines[line].rstrip("\n") + "  # A note.\n"
+    (self.root / file).write_text("".join(lines))
+    self.stage("ranking_softmax_loss")
+    (note,) = re.findall(r".*,  # A note\.\n.*", (self.root / file).read_text())
+    self.assertRegex(note, r"reduce_fn: .*,  # A note\.\n    axis: ")
 
   def test_written_otherwise(self):
     """What is the same to Python, and is not understood, is no traceback."""
@@ -807,8 +826,10 @@ class StagedTest(StagingTestCase):
     options = ("-q", "-p", "no:cacheprovider", "-W", "ignore")
     out = python(self.root, "-m", "pytest", *options, "optax/losses")
     (passed,) = re.findall(r"(\d+) passed", out)
-    staged = (self.root / STAGED_TESTS).read_text().count("  def test_")
-    self.assertGreater(int(passed) - staged * len(LOSSES), 150)
+    self.assertIn("IntegerLabelsTest", (self.root / STAGED_TESTS).read_text())
+    # Those of each loss, one of them with weights, and those of Optax.
+    own = 9 * (len(LOSSES) + 1) + 1
+    self.assertGreater(int(passed) - own, 150)
 
   def test_audit(self):
     script = (
