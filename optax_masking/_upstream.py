@@ -177,7 +177,7 @@ def status(checkout: Checkout) -> str:
     (change,) = (c for c in staging.changes if c.file == module)
     lacks = _list(sorted({"axis", "where"} - has(name)))
     with_it = _list(n for n in staging.losses if n != name)
-    to_make[name] = f"adds {lacks or 'the contract'} in {change}" + (
+    to_make[name] = f"adds {lacks or 'the contract'}: {change}" + (
       f", and to {with_it}" if with_it else ""
     )
 
