@@ -34,6 +34,10 @@ SLOW = (
   "test_audit.py",
   "test_pytest_plugin.py",
   "test_one_loss",
+  "ctc_loss_with_forward_probs",  # The program of ctc_loss.
+  "multiclass_generalized_dice_loss",  # That of dice_loss, with weights.
+  "test_readme_file_of_tests",
+  "test_typed_program",
 )
 QUICK = (
   "FindingTest",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import planted_faults
+import pytest
 from absl.testing import absltest, parameterized
 
 import optax_masking as optax
@@ -130,6 +131,7 @@ class FindingTest(parameterized.TestCase):
     self.assertLen(sources, 1)
     self.assertRegex(sources.pop(), r"test_guard\.py:\d+ in select_after")
 
+  @pytest.mark.slow
   def test_the_same_finding_has_the_same_key(self):
     def keys(seed):
       x, y = (np.abs(planted_faults.normal(seed + i, 4, 5)) for i in (0, 1))
