@@ -46,11 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   given = parser.parse_args(arguments)
   try:
     return given.run(given)
-  except _staging.StagingError as error:
-    print(f"{given.parser.prog}: error: {error}", file=sys.stderr)
-    return 2
-  except UsageError as error:
-    given.parser.print_usage(sys.stderr)
+  except (UsageError, _staging.StagingError) as error:
+    if isinstance(error, UsageError):
+      given.parser.print_usage(sys.stderr)
     print(f"{given.parser.prog}: error: {error}", file=sys.stderr)
     return 2
 

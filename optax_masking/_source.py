@@ -215,7 +215,7 @@ def with_imports(module: Module, statements: Iterable[str]) -> str:
       n for n in group if sort_key(ast.unparse(n)) <= sort_key(statement)
     ]
     line = 0
-    if before or group or present:
+    if present:
       line = end_of(before[-1]) if before else (group or present)[0].lineno - 1
     elif ast.get_docstring(module.tree) is not None:
       line = end_of(module.tree.body[0])

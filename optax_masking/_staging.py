@@ -114,8 +114,9 @@ def _staged(module: Module, name: str, version: str) -> str:
     (helper,) = defined_by(node)
     present = module.functions.get(helper)
     if present is None:
+      source = ours.source(node).rstrip("\n")
       line = _line_of_helper(module, ours, node)
-      edits.append(Edit(line, _source_of_helper(ours, node)))
+      edits.append(Edit(line, f"{source}\n\n\n"))
     elif not any(
       node in _helpers(ours, [ours.functions[other]])
       for other in _masked_in(module)
@@ -166,10 +167,9 @@ def _checked(module: Module, name: str, version: str) -> Module:
   try:
     staged = Module(_staged(module, name, version))
     # All that it had, once, and what a mask needs.
-    old = [node.name for node in module.functions.values()]
     new = [n.name for n in staged.tree.body if isinstance(n, ast.FunctionDef)]
     takes = parameters(wrapper_of(name)).keys()
-    if all(new.count(n) == 1 for n in old) and (
+    if all(new.count(n) == 1 for n in module.functions) and (
       takes <= parameters(staged.functions[name]).keys()
     ):
       return staged
@@ -188,8 +188,7 @@ def _body_edit(
   docstring, first = loss.body[0], loss.body[1]
   if f"_unmasked_{loss.name}" not in used:
     return Edit(end_of(docstring), code, end_of(loss))
-  lines = module.lines[loss.lineno - 1 : docstring.lineno - 1]
-  signature = "".join(lines)
+  signature = "".join(module.lines[loss.lineno - 1 : docstring.lineno - 1])
   signature = signature.replace(
     f"def {loss.name}(", f"def _unmasked_{loss.name}("
   )
@@ -206,11 +205,6 @@ def _line_of_helper(module: Module, ours: Module, node: ast.stmt) -> int:
     for name in module.functions.keys() & set(LOSSES)
     if node in _helpers(ours, [ours.functions[name]])
   )
-
-
-def _source_of_helper(ours: Module, node: ast.stmt) -> str:
-  source = ours.source(node).rstrip("\n")
-  return f"{source}\n\n\n"
 
 
 def _helpers(ours: Module, nodes: Iterable[ast.AST]) -> list[ast.stmt]:
