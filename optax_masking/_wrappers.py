@@ -11,6 +11,7 @@ from optax_masking._source import (
   defined_by,
   end_of,
   hanging,
+  is_third_party,
   joined,
   joined_imports,
   names_in,
@@ -251,5 +252,8 @@ def tests_text(names: Collection[str]) -> str:
     [(node, module.source(node)) for node in (*statements, body[-1])]
   )
   docstring = _docstring(module)
-  lines = "".join(f"{s}\n" for s in sorted(imports, key=sort_key))
+  groups: list[list[str]] = [[], []]
+  for statement in sorted(imports, key=sort_key):
+    groups[is_third_party(statement)].append(f"{statement}\n")
+  lines = "\n".join("".join(group) for group in groups if group)
   return f"{docstring}\n\n{lines}\n{code}"
