@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
-import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -11,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from optax_masking._audit import ROWS
+from optax_masking.losses._table import ROWS
 
 LOSSES = tuple(ROWS)
 INTEGER_LABELS = "softmax_cross_entropy_with_integer_labels"
@@ -27,9 +24,6 @@ SHAPES = (
 DTYPES = ("float32", "bfloat16")
 MASKS = ("none", "row", "full")
 DENSITIES = (0.0, 0.5, 1.0)
-_MOST_PAIRED = 256  # Embeddings of `ntxent`, which compares each with each.
-_FRAMES = 128
-_SYMBOLS = 16
 
 
 def _forward(loss):
@@ -71,18 +65,14 @@ class Case:
 
   def of(self, package: ModuleType) -> Callable[..., jax.Array]:
     """The loss of a package, as a function of arrays and maybe `where`."""
-    loss = getattr(package.losses, self.name)
-    if self.name.startswith("ctc"):
-      return _first(loss)
-    loss = ROWS[self.name].adapt(loss)
-    if _has_axis(self.name):
-      loss = functools.partial(loss, axis=self.axis)
-    return loss
+    row = ROWS[self.name]
+    loss = row.of(package.losses)
+    return functools.partial(loss, axis=self.axis) if row.has_axis else loss
 
   @property
   def takes_where(self) -> bool:
     """Whether Optax's loss has a mask of its own."""
-    return "where" in _parameters(self.name)
+    return ROWS[self.name].takes("where")
 
   def mask(self, kind: str, density: float) -> jax.Array | None:
     """A mask of a kind that includes some of the data, the same each time."""
@@ -106,64 +96,8 @@ def make_case(name: str, dtype: str, shape: tuple[int, ...], axis: int) -> Case:
   Returns:
     The case, in the shape nearest to this one that Optax's loss can take.
   """
-  rng = np.random.default_rng(0)
   row = ROWS[name]
-  if not (row.elementwise or _has_axis(name)):
-    shape, axis = _with_classes_last(name, shape, axis), -1
-  classes_last = (*np.delete(shape, axis).tolist(), shape[axis])
-  arrays = [make(rng, classes_last) for make in row.data]
-  if name.startswith("ctc"):
-    sequences, classes = shape[0], shape[-1]
-    symbols = rng.integers(1, classes, (sequences, _SYMBOLS))
-    arrays += [np.zeros(shape[:2]), symbols, np.zeros(symbols.shape)]
-  arguments = (
-    np.moveaxis(x, -1, axis) if x.ndim == len(shape) else x for x in arrays
-  )
-  return Case(
-    name,
-    shape,
-    axis,
-    tuple(
-      jnp.asarray(x, "int32" if x.dtype.kind == "i" else dtype)
-      for x in arguments
-    ),
-  )
-
-
-def _with_classes_last(name, shape, axis):
-  """The nearest shape for a loss that has no `axis`.
-
-  The `multiclass_` losses take one axis of examples. CTC takes sequences of
-  frames, `ntxent` few enough rows to compare each with each, and the Dice
-  losses of classes images of pixels.
-  """
-  *batch, classes = (*np.delete(shape, axis).tolist(), shape[axis])
-  rows = math.prod(batch)
-  if name.startswith("ctc"):
-    frames = math.gcd(rows, _FRAMES)
-    return rows // frames, frames, classes
-  if name == "ntxent":
-    return min(rows, _MOST_PAIRED), classes
-  if "dice" in name and name != "binary_dice_loss" and len(batch) == 1:
-    images = math.gcd(rows, 8)
-    return images, rows // images, classes
-  if name.startswith("multiclass_") and "dice" not in name:
-    return rows, classes
-  return *batch, classes
-
-
-def _first(loss):
-  def of_sequences(*arguments, **keywords):
-    result = loss(*arguments, **keywords)
-    return result[0] if isinstance(result, tuple) else result
-
-  return of_sequences
-
-
-def _parameters(name):
-  return inspect.signature(getattr(optax.losses, name)).parameters
-
-
-def _has_axis(name):
-  # That of the Dice loss is one of pixels.
-  return "axis" in _parameters(name) and name != "dice_loss"
+  if not (row.elementwise or row.has_axis):
+    classes_last = (*np.delete(shape, axis).tolist(), shape[axis])
+    shape, axis = row.fit(classes_last), -1
+  return Case(name, shape, axis, row.arguments(dtype, shape, axis))

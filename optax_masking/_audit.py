@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import importlib
 import inspect
 import itertools
@@ -10,14 +9,14 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
 import optax_masking
+from optax_masking.losses._table import ROWS, class_index, soft_labels
 from optax_masking.testing import CLAUSES, Finding, MaskCase, Report
 from optax_masking.testing._api import check_case
 from optax_masking.testing._report import in_order
@@ -47,142 +46,6 @@ _SQUARES = ((4, 4), (4, 4, 3))
 
 class TargetError(ValueError):
   """A target that can't be audited, for a reason that its user can mend."""
-
-
-# Data of every kind that losses take, for a shape.
-
-
-def _logits(rng, shape):
-  return 2 * rng.normal(size=shape)
-
-
-def _vectors(rng, shape):
-  # Not short ones, for the reciprocals of norms in float16.
-  return rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 1.5, shape)
-
-
-def _labels(rng, shape):
-  return rng.uniform(0.1, 0.9, shape)
-
-
-def _large_labels(rng, shape):
-  return rng.uniform(0.4, 0.9, shape)  # For their squares, in float16.
-
-
-def _probabilities(rng, shape):
-  x = rng.uniform(0.5, 2, shape)
-  return x / x.sum(-1, keepdims=True)
-
-
-def _log_probabilities(rng, shape):
-  return np.log(_probabilities(rng, shape))
-
-
-def _signs(rng, shape):
-  return rng.choice([-1.0, 1.0], shape)
-
-
-def _binary(rng, shape):
-  return rng.integers(0, 2, shape).astype("int32")
-
-
-def _index(rng, shape):
-  return rng.integers(0, shape[-1], shape[:-1]).astype("int32")
-
-
-def _groups(rng, shape):
-  return np.arange(shape[0], dtype="int32") // 2
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-  """How to call a loss: what its arguments hold, and their shapes.
-
-  `adapt` makes of the function that Optax has one of arrays and `where` alone.
-  `examples` is the shape of a mask with one entry an example, None if the loss
-  has no such masks.
-  """
-
-  data: tuple[Callable[..., np.ndarray], ...]
-  shape: tuple[int, ...] = (4, 5)
-  examples: tuple[int, ...] | None = (4,)
-  adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda loss: loss
-  elementwise: bool = False
-  axes: Mapping[str, tuple[int | None, ...] | None] | None = None
-  skip: tuple[str, ...] = ()
-
-
-def _ranking(loss):
-  def lists(logits, labels, weights, **keywords):
-    return loss(logits, labels, weights=weights, reduce_fn=None, **keywords)
-
-  return lists
-
-
-def _fenchel_young(make):
-  return make(jax.nn.logsumexp)
-
-
-def _ctc(loss):
-  def sequences(logits, **keywords):
-    paddings = np.zeros(logits.shape[:2])
-    labels = np.array([[1]] * len(logits))
-    result = loss(logits, paddings, labels, np.zeros(labels.shape), **keywords)
-    return result[0] if isinstance(result, tuple) else result
-
-  return sequences
-
-
-_element = functools.partial(_Row, elementwise=True)
-_image = functools.partial(_Row, shape=(2, 4, 3), examples=(2, 4))
-_sequence = functools.partial(
-  _Row,
-  (_logits,),
-  shape=(3, 5, 3),
-  examples=(3, 5),
-  adapt=_ctc,
-  skip=("compaction",),  # Of classes: they are named in the other arguments.
-  axes={"return": (0,)},
-)
-
-ROWS = {
-  "binary_dice_loss": _Row(
-    (_logits, _labels), examples=None, axes={"return": (0,)}
-  ),
-  "convex_kl_divergence": _Row((_logits, _labels)),
-  "cosine_distance": _Row((_logits, _logits)),
-  "cosine_similarity": _Row((_logits, _logits)),
-  "ctc_loss": _sequence(),
-  "ctc_loss_with_forward_probs": _sequence(),
-  "dice_loss": _image((_logits, _labels)),
-  "generalized_kl_divergence": _Row((_logits, _labels)),
-  "hinge_loss": _element((_logits, _signs)),
-  "huber_loss": _element((_logits, _logits)),
-  "kl_divergence": _Row((_log_probabilities, _probabilities)),
-  "kl_divergence_with_log_targets": _Row(
-    (_log_probabilities, _log_probabilities)
-  ),
-  "l2_loss": _element((_logits, _logits)),
-  "log_cosh": _element((_logits, _logits)),
-  "make_fenchel_young_loss": _Row((_logits, _labels), adapt=_fenchel_young),
-  "multiclass_generalized_dice_loss": _image((_logits, _large_labels)),
-  "multiclass_hinge_loss": _Row((_logits, _index)),
-  "multiclass_perceptron_loss": _Row((_logits, _index)),
-  "multiclass_sparsemax_loss": _Row((_logits, _index)),
-  "ntxent": _Row((_vectors, _groups)),
-  "perceptron_loss": _element((_logits, _signs)),
-  "poly_loss_cross_entropy": _Row((_logits, _labels)),
-  "ranking_softmax_loss": _Row((_logits, _labels, _labels), adapt=_ranking),
-  "safe_softmax_cross_entropy": _Row((_logits, _labels)),
-  "sigmoid_binary_cross_entropy": _element((_logits, _labels)),
-  "sigmoid_focal_loss": _element((_logits, _labels)),
-  "smooth_labels": _Row((_labels, _labels)),
-  "softmax_cross_entropy": _Row((_logits, _labels)),
-  "softmax_cross_entropy_with_integer_labels": _Row((_logits, _index)),
-  "sparsemax_loss": _element((_logits, _binary)),
-  "squared_error": _element((_logits, _logits)),
-  "triplet_margin_loss": _Row((_logits, _logits, _logits)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,46 +110,47 @@ def _of_optax(target: str, name: str) -> Loss:
       return _guessed(target, name, function)
     except TargetError as error:
       return Loss(target, name, lacking=str(error))
-  if row.adapt(function) is function and not _takes(function, "where"):
+  loss = row.of(TARGETS[target])
+  if loss is function and not _takes(function, "where"):
     return Loss(target, name, lacking="takes no `where`")
-  loss = row.adapt(function)
-  axes = row.axes or {}
+  axes = {} if row.result_axes is None else {"return": row.result_axes}
+  skip = () if row.compacts else ("compaction",)
 
   def case(shape, where_shape, **options):
-    rng = np.random.default_rng(sum(map(ord, name)))
-    args = [_in_float32(make(rng, shape)) for make in row.data]
+    args = map(np.asarray, row.arguments(shape=shape))
     return MaskCase(loss, *args, where=_mask(where_shape), name=name, **options)
 
   reference = None
   if target != "optax":
-    reference = row.adapt(getattr(optax.losses, name))
-  main = {"axes": axes, "reference": reference, "skip": row.skip}
+    reference = row.of(optax.losses)
+  main = {"axes": axes, "reference": reference, "skip": skip}
   first = case(row.shape, row.shape, **main, dtypes=("float32",))
   more = [
     case(row.shape, row.shape, **main, **_HALF_PRECISION, dtypes=("float16",)),
   ]
   # What overflows in bfloat16 does so in float32.
-  main["skip"] = (*row.skip, "clean_arithmetic")
+  main["skip"] = (*skip, "clean_arithmetic")
   more.append(
     case(row.shape, row.shape, **main, **_HALF_PRECISION, dtypes=("bfloat16",))
   )
   refusable = []
-  if row.examples is not None:
+  if row.masks_examples:
+    examples = row.shape[:-1]
     of_examples = {
       **_MEANING,
-      "axes": {**axes, "where": tuple(range(len(row.examples)))},
+      "axes": {**axes, "where": tuple(range(len(examples)))},
     }
     if row.elementwise:  # It has examples where it is summed over an axis.
       of_examples["axis"] = -1
-    more.append(case(row.shape, row.examples, **of_examples))
-    if len(row.examples) == 1 and len(row.data) > 1:
+    more.append(case(row.shape, examples, **of_examples))
+    if len(examples) == 1 and len(row.data) > 1:
       # Masks that fit another axis by chance.
       refusable = [case(shape, (4,), **of_examples) for shape in _SQUARES]
   return Loss(target, name, (first,), tuple(more), tuple(refusable))
 
 
-def _in_float32(x: np.ndarray) -> np.ndarray:
-  return x if x.dtype.kind == "i" else x.astype("float32")
+def _in_32_bits(x: np.ndarray) -> np.ndarray:
+  return x.astype("int32" if x.dtype.kind == "i" else "float32")
 
 
 def _mask(shape: tuple[int, ...]) -> np.ndarray:
@@ -369,18 +233,18 @@ def _guessed(target: str, name: str, function: Callable[..., Any]) -> Loss:
   ]
   integers = ("label", "index", "indices", "class", "ids")
   kinds = [
-    (_index, _labels)
+    (class_index, soft_labels)
     if any(i in p.name for i in integers)
-    else (_labels, _index)
+    else (soft_labels, class_index)
     for p in required
   ]
   errors = []
   for makes in itertools.product(*kinds):
-    if not any(make is _labels for make in makes):
+    if not any(make is soft_labels for make in makes):
       continue
     for where_shape in ((4, 5), (4,)):
       rng = np.random.default_rng(0)
-      arrays = [_in_float32(make(rng, (4, 5))) for make in makes]
+      arrays = [_in_32_bits(make(rng, (4, 5))) for make in makes]
       where = _mask(where_shape)
       args = [
         a

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable
 from optax_masking._source import (
   Module,
   defined_by,
-  end_of,
   hanging,
   is_third_party,
   joined,
@@ -18,6 +17,8 @@ from optax_masking._source import (
   needed,
   sort_key,
 )
+from optax_masking.losses._original import original
+from optax_masking.losses._table import ROWS
 
 _PACKAGE = pathlib.Path(__file__).parent
 ENGINE = "_masking"
@@ -31,46 +32,11 @@ _ENGINE_PARTS = (
   "_cross_entropy",
 )
 
-# What each loss was when its wrapper was tested with it: a `fingerprint` for
-# Optax 0.2.7 and 0.2.8, and another if it differs in commit 2edbcbe2.
-KNOWN = {
-  "binary_dice_loss": ("3ae98a10",),
-  "convex_kl_divergence": ("200e36fc",),
-  "cosine_distance": ("770e02c1",),
-  "cosine_similarity": ("c9a363db",),
-  "ctc_loss": ("8cebdd80",),
-  "ctc_loss_with_forward_probs": ("91732f90",),
-  "dice_loss": ("6008cf68", "4e4ed75a"),
-  "generalized_kl_divergence": ("522956b3",),
-  "hinge_loss": ("c7597056",),
-  "huber_loss": ("0c328dec",),
-  "kl_divergence": ("fcfa2a1e",),
-  "kl_divergence_with_log_targets": ("ba393901",),
-  "l2_loss": ("85cf2c50",),
-  "log_cosh": ("053fd849",),
-  "make_fenchel_young_loss": ("5f8e6a5a",),
-  "multiclass_generalized_dice_loss": ("3fb94ed9",),
-  "multiclass_hinge_loss": ("0555c84a",),
-  "multiclass_perceptron_loss": ("568b91a4",),
-  "multiclass_sparsemax_loss": ("37639fac",),
-  "ntxent": ("0dda955b",),
-  "perceptron_loss": ("9be3f7c3",),
-  "poly_loss_cross_entropy": ("53656573",),
-  "ranking_softmax_loss": ("eb71e2ed",),
-  "safe_softmax_cross_entropy": ("7cdce703",),
-  "sigmoid_binary_cross_entropy": ("fa58b3e2",),
-  "sigmoid_focal_loss": ("ca92d550", "b25df937"),
-  "smooth_labels": ("f96ddf7e",),
-  "softmax_cross_entropy": ("d199865b",),
-  "softmax_cross_entropy_with_integer_labels": ("53a93425",),
-  "sparsemax_loss": ("c74fb491",),
-  "squared_error": ("5cb021b1",),
-  "triplet_margin_loss": ("0832ee6a",),
-}
+# What each loss was when its wrapper was tested with it: fingerprints.
+KNOWN = {name: row.written_for for name, row in ROWS.items()}
 # A deprecated name of another loss, which it calls with `axis` and `where`.
-ALIASES = {"convex_kl_divergence": "generalized_kl_divergence"}
-
-LOSSES = tuple(KNOWN)
+ALIASES = {name: row.alias_of for name, row in ROWS.items() if row.alias_of}
+LOSSES = tuple(ROWS)
 
 
 @functools.cache
@@ -218,24 +184,30 @@ def _losses_in(node: ast.AST) -> set[str]:
   }
 
 
+def _cases(names: Collection[str]) -> str:
+  """The table of the tests, with what makes and adapts the data of its rows."""
+  table = own("losses/_table")
+  rows, used = "", set()
+  for name in sorted(names):
+    row = ROWS[name]
+    makers = [make.__name__ for make in row.data]
+    loss = f"losses.{name}"
+    used |= {*makers, row.adapt.__name__}
+    if row.of(original) is not vars(original)[name]:
+      loss = f"{row.adapt.__name__}({loss})"
+    rows += (
+      f'    (\n        "{name}",\n        {loss},\n'
+      f"        _arrays({row.fit((4, 6, 5))}, {', '.join(makers)}),\n    ),\n"
+    )
+  definitions = needed(table.tree.body, used - {"_itself"})
+  code = joined([(node, table.source(node)) for node in definitions])
+  comment = "# The name of a loss, a function of arrays, and the arrays."
+  return f"{code}\n\n{comment}\n_CASES = (\n{rows})\n"
+
+
 def tests_text(names: Collection[str]) -> str:
   """Tests of losses, beside Optax's own and in their style."""
-  template = own(TESTS)
-  cases = next(
-    node for node in template.tree.body if defined_by(node) == {"_CASES"}
-  )
-  assert isinstance(cases, ast.Assign) and isinstance(cases.value, ast.Tuple)
-  left_out = {
-    line
-    for row in cases.value.elts
-    if isinstance(row, ast.Tuple)
-    and isinstance(row.elts[0], ast.Constant)
-    and str(row.elts[0].value).partition("__")[0] not in names
-    for line in range(row.lineno - 1, end_of(row))
-  }
-  module = Module(
-    "".join(x for i, x in enumerate(template.lines) if i not in left_out)
-  )
+  module = Module(own(TESTS).text.replace("_CASES = ()\n", _cases(names)))
   body = module.tree.body
   classes = [
     node.name
