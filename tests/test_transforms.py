@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
-from cases import DTYPES, NAMED, assert_close, masks, row_masks
+import pytest
+from cases import DTYPES, assert_close, each_case, masks, row_masks
 from jax.experimental import checkify
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -66,9 +66,12 @@ def batched(case, transform, dtype, masked=True):
     masks(case.shape)["random"],
     row_masks(case.shape)["some rows masked"],
   ]
-  if case.whole is None:
+  if case.slices:
     return loss, transform(loss), arguments, wheres
-  arguments = [jnp.stack([x, x / 2]) for x in arguments]
+  arguments = [
+    jnp.stack([x, x / 2]) if p in case.floating else jnp.stack([x, x])
+    for p, x in enumerate(arguments)
+  ]
   wheres = [np.stack([where, where[::-1]]) for where in wheres]
   mapped = jax.vmap(loss)
   return (
@@ -81,7 +84,7 @@ def batched(case, transform, dtype, masked=True):
 
 def derivatives(case, loss, arguments, where):
   """The value, the gradients, and how both change in a direction."""
-  count = len(case.floating())
+  count = len(case.floating)
 
   def value_and_gradients(*floats):
     def total(*floats):
@@ -107,122 +110,139 @@ def untransformed(case, dtype, kind):
 
 def garbage(case, arguments, where):
   return [
-    jnp.where(where, x, jnp.nan) if position in case.floating() else x
+    jnp.where(where, x, jnp.nan) if position in case.floating else x
     for position, x in enumerate(arguments)
   ]
 
 
-class TransformsTest(parameterized.TestCase):
-  @parameterized.product(
-    name_and_case=NAMED,
-    transform_and_dtype=(
-      *((transform, DTYPE) for transform in TRANSFORMS),
-      *((_vmap, dtype) for dtype in DTYPES[1:]),
-    ),
-  )
-  def test_derivatives(self, name_and_case, transform_and_dtype):
-    """First and second ones, with garbage in what is masked."""
-    _, case = name_and_case
-    transform, dtype = transform_and_dtype
-    _, transformed, clean, wheres = batched(case, transform, dtype)
-    roundings = 128 if dtype in ("float32", "float64") else 32
-    for kind, where in enumerate(wheres if transform is _vmap else wheres[:1]):
-      expected = untransformed(case, dtype, kind)
-      arguments = garbage(case, clean, where)
-      try:
-        got = derivatives(case, transformed, arguments, where)
-      except TypeError as e:
-        # Optax's scan in `ctc_loss` does not run under `shard_map`.
-        self.assertIn("scan body function carry", str(e))
-        self.assertIs(transform, _shard_map)
-        _, theirs, _, _ = batched(case, transform, dtype, masked=False)
-        with self.assertRaisesRegex(TypeError, "scan body function carry"):
-          theirs(where, *clean)
-        self.skipTest("nor does Optax's loss")
-      # A second derivative is a difference of larger numbers.
-      jax.tree.map(
-        lambda a, b: assert_close(a, b, dtype, roundings=roundings),
-        got,
-        expected,
-      )
-
-  @parameterized.named_parameters(NAMED)
-  def test_mask_alone_is_mapped(self, case):
-    """One data set under a batch of masks."""
-    arguments = case.arguments(DTYPE)
-    wheres = np.stack(list(masks(case.shape).values()))
-    got = jax.vmap(lambda where: case.loss(*arguments, where=where))(wheres)
-    for where, row in zip(wheres, got, strict=True):
-      assert_close(row, case.loss(*arguments, where=where), DTYPE)
-
-  @parameterized.product(name_and_case=NAMED, dtype=DTYPES)
-  def test_strict_promotion(self, name_and_case, dtype):
-    """No dtype is promoted that Optax does not promote."""
-    _, case = name_and_case
-    arguments = case.arguments(dtype)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@each_case(mechanisms=True)
+def test_derivatives(case, dtype, transform):
+  """First and second ones, with garbage in what is masked."""
+  _, transformed, clean, wheres = batched(case, transform, dtype)
+  roundings = 128 if dtype in ("float32", "float64") else 32
+  for kind, where in enumerate(wheres if transform is _vmap else wheres[:1]):
+    expected = untransformed(case, dtype, kind)
+    arguments = garbage(case, clean, where)
     try:
-      with jax.numpy_dtype_promotion("strict"):
-        case.original(*arguments)
-    except ValueError as e:
-      self.assertIn("dtype promotion", str(e))
-      self.skipTest(f"Optax promotes: {e}")
-    for where in (
-      masks(case.shape)["random"],
-      row_masks(case.shape)["some rows masked"],
-    ):
-      # First, since what is compiled for another promotion is used again.
-      with jax.numpy_dtype_promotion("strict"):
-        got = case.loss(*arguments, where=where)
-      assert_close(got, case.loss(*arguments, where=where), dtype)
-
-  @parameterized.named_parameters(NAMED)
-  def test_explicit_mesh(self, case):
-    """Where the type of an array has its sharding, for masks of all kinds."""
-    if not hasattr(jax, "set_mesh"):
-      self.skipTest("JAX has no explicit meshes yet.")
-    axis_type = jax.sharding.AxisType.Explicit
-    with jax.set_mesh(jax.make_mesh((2,), ("batch",), (axis_type,))):
-      arguments = case.arguments(DTYPE)
-      sharded = [jax.device_put(x, PartitionSpec("batch")) for x in arguments]
-      try:
-        case.original(*sharded)
-      except Exception as e:
-        self.skipTest(f"Optax does not: {e}")
-      random = masks(case.shape)["random"]
-      rows = row_masks(case.shape)["some rows masked"]
-      for where in (random, rows, random[:1]):
-        expected = case.loss(*arguments, where=where)
-        assert_close(case.loss(*sharded, where=where), expected, DTYPE)
-        if len(where) > 1:
-          where = jax.device_put(where, PartitionSpec("batch"))
-          assert_close(case.loss(*sharded, where=where), expected, DTYPE)
-
-  def test_index_checks(self):
-    """A masked label is not looked up."""
-    logits = jnp.ones((2, 3))
-    labels = jnp.array([1, -100])
-    where = jnp.array([[True, True, False], [False, False, False]])
-    error, _ = checkify.checkify(
-      optax.softmax_cross_entropy_with_integer_labels,
-      checkify.index_checks,
-    )(logits, labels, where=where)
-    error.throw()
-
-  @parameterized.named_parameters(NAMED)
-  def test_no_recompilation(self, case):
-    """Another mask of the same shape runs the same program."""
-    traces = 0
-
-    @jax.jit
-    def loss(arguments, where):
-      nonlocal traces
-      traces += 1
-      return case.loss(*arguments, where=where)
-
-    for where in masks(case.shape).values():
-      loss(case.arguments(DTYPE), where)
-    self.assertEqual(traces, 1)
+      got = derivatives(case, transformed, arguments, where)
+    except TypeError as e:
+      # Optax's scan in `ctc_loss` does not run under `shard_map`.
+      assert "scan body function carry" in str(e)
+      assert transform is _shard_map
+      _, theirs, _, _ = batched(case, transform, dtype, masked=False)
+      with pytest.raises(TypeError, match="scan body function carry"):
+        theirs(where, *clean)
+      pytest.skip("nor does Optax's loss")
+    # A second derivative is a difference of larger numbers.
+    jax.tree.map(
+      lambda a, b: assert_close(a, b, dtype, roundings=roundings),
+      got,
+      expected,
+    )
 
 
-if __name__ == "__main__":
-  absltest.main()
+@each_case(dtypes=DTYPES[:1], mechanisms=True)
+def test_reverse_over_reverse(case, dtype):
+  """The Hessian, of all arguments, as it is forward over reverse."""
+  where = masks(case.shape)["random"]
+  arguments = garbage(case, case.arguments(dtype), where)
+
+  def total(*floats):
+    given = list(arguments)
+    for p, x in zip(case.floating, floats, strict=True):
+      given[p] = x
+    return jnp.sum(case.loss(*given, where=where))
+
+  positions = tuple(range(len(case.floating)))
+  floats = [arguments[p] for p in case.floating]
+  forward, reverse = jax.jit(
+    lambda *x: [
+      jac(jax.grad(total, positions), positions)(*x)
+      for jac in (jax.jacfwd, jax.jacrev)
+    ]
+  )(*floats)
+  jax.tree.map(
+    lambda a, b: assert_close(a, b, dtype, roundings=64), reverse, forward
+  )
+
+
+@each_case(dtypes=DTYPES[:1], mechanisms=True)
+def test_mask_alone_is_mapped(case, dtype):
+  """One data set under a batch of masks."""
+  arguments = case.arguments(dtype)
+  wheres = np.stack(list(masks(case.shape).values()))
+  got = jax.vmap(lambda where: case.loss(*arguments, where=where))(wheres)
+  for where, row in zip(wheres, got, strict=True):
+    assert_close(row, case.loss(*arguments, where=where), dtype)
+
+
+@each_case(mechanisms=True)
+def test_strict_promotion(case, dtype):
+  """No dtype is promoted that Optax does not promote."""
+  arguments = case.arguments(dtype)
+  try:
+    with jax.numpy_dtype_promotion("strict"):
+      case.original(*arguments)
+  except ValueError as e:
+    assert "dtype promotion" in str(e)
+    pytest.skip(f"Optax promotes: {e}")
+  for where in (
+    masks(case.shape)["random"],
+    row_masks(case.shape)["some rows masked"],
+  ):
+    # First, since what is compiled for another promotion is used again.
+    with jax.numpy_dtype_promotion("strict"):
+      got = case.loss(*arguments, where=where)
+    assert_close(got, case.loss(*arguments, where=where), dtype)
+
+
+@each_case(dtypes=DTYPES[:1], mechanisms=True)
+def test_explicit_mesh(case, dtype):
+  """Where the type of an array has its sharding, for masks of all kinds."""
+  if not hasattr(jax, "set_mesh"):
+    pytest.skip("JAX has no explicit meshes yet.")
+  axis_type = jax.sharding.AxisType.Explicit
+  with jax.set_mesh(jax.make_mesh((2,), ("batch",), (axis_type,))):
+    arguments = case.arguments(dtype)
+    sharded = [jax.device_put(x, PartitionSpec("batch")) for x in arguments]
+    try:
+      case.original(*sharded)
+    except Exception as e:
+      pytest.skip(f"Optax does not: {e}")
+    random = masks(case.shape)["random"]
+    rows = row_masks(case.shape)["some rows masked"]
+    for where in (random, rows, random[:1]):
+      expected = case.loss(*arguments, where=where)
+      assert_close(case.loss(*sharded, where=where), expected, dtype)
+      if len(where) > 1:
+        where = jax.device_put(where, PartitionSpec("batch"))
+        assert_close(case.loss(*sharded, where=where), expected, dtype)
+
+
+def test_index_checks():
+  """A masked label is not looked up."""
+  logits = jnp.ones((2, 3))
+  labels = jnp.array([1, -100])
+  where = jnp.array([[True, True, False], [False, False, False]])
+  error, _ = checkify.checkify(
+    optax.softmax_cross_entropy_with_integer_labels,
+    checkify.index_checks,
+  )(logits, labels, where=where)
+  error.throw()
+
+
+@each_case(dtypes=DTYPES[:1], mechanisms=True)
+def test_no_recompilation(case, dtype):
+  """Another mask of the same shape runs the same program."""
+  traces = 0
+
+  @jax.jit
+  def loss(arguments, where):
+    nonlocal traces
+    traces += 1
+    return case.loss(*arguments, where=where)
+
+  for where in masks(case.shape).values():
+    loss(case.arguments(dtype), where)
+  assert traces == 1

@@ -181,6 +181,7 @@ class Row:
     compacts: Whether its data can be written without what is masked. Those of
       sequences can't: other arguments name the classes.
     alias_of: The loss of which this is a deprecated name.
+    output_of: The loss that it calls, for the first of its results.
   """
 
   name: str
@@ -200,6 +201,7 @@ class Row:
   result_axes: tuple[int, ...] | None = None
   compacts: bool = True
   alias_of: str | None = None
+  output_of: str | None = None
 
   def of(self, losses: Any) -> Loss:
     """The loss of a module, as a function of the data."""
@@ -246,14 +248,16 @@ class Row:
     shape: Shape | None = None,
     axis: int | tuple[int, ...] = -1,
     scale: float = 1.0,
+    seed: int = 0,
   ) -> tuple[jax.Array, ...]:
-    """Data for a shape, the same at each call.
+    """Makes data for a shape, the same at each call.
 
     Args:
       dtype: Dtype of the floating arguments.
       shape: Shape of the data; by default `self.shape`.
       axis: Axis or axes of the classes, features or items.
-      scale: Number to multiply logits by.
+      scale: Number to multiply logits and logarithms by.
+      seed: Which data of many.
     """
     shape = self.shape if shape is None else shape
     given = axis if isinstance(axis, tuple) else (axis,)
@@ -261,11 +265,11 @@ class Row:
     batch = [a for a in range(len(shape)) if a not in axes]
     sizes = [shape[a] for a in batch]
     flat = (*sizes, math.prod(shape[a] for a in axes))
-    rng = np.random.default_rng(sum(map(ord, self.name)))
+    rng = np.random.default_rng(sum(map(ord, self.name)) + seed)
 
     def array(make):
       x = make(rng, flat)
-      if make is logits:
+      if make in (logits, log_probabilities):
         x = x * scale
       if x.ndim == len(flat):
         x = x.reshape(*sizes, *(shape[a] for a in axes))
@@ -486,6 +490,7 @@ _ROWS = (
     _FRAMES,
     ("8cebdd80",),
     left="0, also if a label is left in no frame",
+    output_of="ctc_loss_with_forward_probs",
     **_CTC,
   ),
   Row(

@@ -1,0 +1,252 @@
+"""One program for all properties of a loss.
+
+To compile takes most of the time of a test of JAX, and to run next to nothing.
+So there is one program for each loss, dtype and kind of mask: the value, the
+gradients, and the derivatives of both along a direction, for a batch of lanes.
+A lane is a mask with data and tangents: clean ones, ones with a poison in what
+is masked, with NaN in an included element, confident ones. The tests of the
+properties compare lanes with each other, with Optax and with `formulas.py`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import (
+  INDEX_POISONS,
+  Case,
+  float_poisons,
+  masks,
+  row_masks,
+)
+from formulas import reference
+
+from optax_masking.losses import _table as table
+
+KINDS = {"elements": masks, "rows": row_masks}
+# Of the accuracy: scales of the logits, and how often there are data of each.
+SCALES = (1.0, 10.0, 40.0)
+SAMPLES = 6
+
+
+@dataclasses.dataclass
+class Lane:
+  """What a program is given, and what it returns.
+
+  Attributes:
+    what: What is particular to the lane.
+    mask: The name of the mask.
+    where: The mask, of the shape of the data.
+    arguments: The data.
+    tangents: A direction for each floating argument.
+    clean: The lane of the same mask with clean data.
+    included: Where an included element is NaN.
+    outputs: The value and its derivatives: "value", "jvp" and, for each
+      floating argument, "vjp" and "hessian", the change of the gradient along
+      the direction.
+  """
+
+  what: str
+  mask: str
+  where: np.ndarray
+  arguments: list[np.ndarray]
+  tangents: list[np.ndarray]
+  clean: "Lane | None" = None
+  included: tuple[int, ...] | None = None
+  outputs: dict = dataclasses.field(default_factory=dict)
+
+
+def weights(shape: tuple[int, ...]) -> np.ndarray:
+  """What a loss is multiplied by, so that no two of its elements are alike."""
+  return np.linspace(0.5, 1.5, int(np.prod(shape)), dtype="float32").reshape(
+    shape
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(loss, floating, arguments, where, tangents):
+  """All derivatives of a loss, for lanes."""
+
+  def lane(arguments, where, tangents):
+    keywords = {} if where is None else {"where": where}
+
+    def total(floats):
+      given = list(arguments)
+      for p, x in zip(floating, floats, strict=True):
+        given[p] = x
+      value = loss(*given, **keywords)
+      return jnp.sum(value * weights(value.shape).astype(value.dtype)), value
+
+    gradient = jax.grad(total, has_aux=True)
+    floats = [arguments[p] for p in floating]
+    (vjp, value), (hessian, jvp) = jax.jvp(gradient, (floats,), (tangents,))
+    return {"value": value, "jvp": jvp, "vjp": vjp, "hessian": hessian}
+
+  return jax.vmap(lane)(arguments, where, tangents)
+
+
+def fill_in(case: Case, loss, lanes: list[Lane], wheres) -> None:
+  """Runs the program for lanes, and gives each its outputs."""
+  arguments = [
+    np.stack(x) for x in zip(*(x.arguments for x in lanes), strict=True)
+  ]
+  tangents = [
+    np.stack(x) for x in zip(*(x.tangents for x in lanes), strict=True)
+  ]
+  where = None if wheres is None else np.stack(wheres)
+  outputs = run(loss, case.floating, arguments, where, tangents)
+  outputs = jax.tree.map(np.asarray, outputs)
+  for i, lane in enumerate(lanes):
+    lane.outputs = jax.tree.map(lambda x, i=i: x[i], outputs)
+
+
+def directions(case: Case, arguments) -> list[np.ndarray]:
+  """A tangent for each floating argument, without zeros."""
+  rng = np.random.default_rng(3)
+  return [
+    rng.uniform(0.5, 1.5, arguments[p].shape).astype(arguments[p].dtype)
+    for p in case.floating
+  ]
+
+
+def data(case: Case, dtype: str, **options) -> list[np.ndarray]:
+  return [np.asarray(x) for x in case.arguments(dtype, **options)]
+
+
+def first_included(case: Case, where: np.ndarray, arguments):
+  """An element that counts: not one of an example without its own class."""
+  counts = where
+  for p in case.positions(table.class_index):
+    own = np.take_along_axis(where, arguments[p][..., None], -1)
+    counts = where & own
+  found = np.argwhere(counts)
+  return tuple(found[0]) if len(found) else None
+
+
+def of_mask(case: Case, dtype: str, name: str, where: np.ndarray) -> list[Lane]:
+  """The lanes of one mask."""
+  arguments = data(case, dtype)
+  tangents = directions(case, arguments)
+  clean = Lane("clean", name, where, arguments, tangents)
+  lanes = [clean]
+
+  def add(what, position=None, x=None, number=None, tangent=None):
+    lane = Lane(what, name, where, list(arguments), list(tangents), clean)
+    if position is not None:
+      lane.arguments[position] = x.astype(arguments[position].dtype)
+    if number is not None:
+      lane.tangents[number] = tangent.astype(tangents[number].dtype)
+    lanes.append(lane)
+    return lane
+
+  for p, x in enumerate(arguments):
+    masked = case.masked(p, where)
+    is_float = p in case.floating
+    for poison in float_poisons(dtype) if is_float else INDEX_POISONS:
+      add(f"{poison} in argument {p}", p, np.where(masked, poison, x))
+    if not is_float:
+      continue
+    number = case.floating.index(p)
+    t = tangents[number]
+    nan = np.where(masked, np.nan, t)
+    add(f"NaN in tangent {number}", number=number, tangent=nan)
+    lane = add(f"along what is masked of argument {p}")
+    lane.tangents = [0 * t for t in tangents]
+    lane.tangents[number] = np.where(masked, t, 0).astype(t.dtype)
+    first = first_included(case, where, arguments)
+    if first is not None:
+      poisoned = x.copy()
+      poisoned[first] = np.nan
+      lane = add(f"NaN included in argument {p}", p, poisoned)
+      lane.included = first
+  return lanes
+
+
+@functools.cache
+def lanes(case: Case, dtype: str, kind: str) -> tuple[Lane, ...]:
+  """All lanes of a loss with masks of a kind, run."""
+  found, wheres = [], []
+  for name, where in KINDS[kind](case.shape).items():
+    whole = np.broadcast_to(where, case.shape)
+    more = of_mask(case, dtype, name, whole)
+    more += accuracy(case, dtype, name, whole)
+    found += more
+    wheres += [where] * len(more)
+  fill_in(case, case.loss, found, wheres)
+  return tuple(found)
+
+
+def selected(case, dtype, kind, *beginnings) -> list[Lane]:
+  """The lanes whose description begins so."""
+  found = [
+    lane
+    for lane in lanes(case, dtype, kind)
+    if lane.what.startswith(beginnings)
+  ]
+  assert found
+  return found
+
+
+def accuracy(case: Case, dtype: str, mask: str, where: np.ndarray):
+  """Lanes with logits of all sizes, some of which predict their labels."""
+  if mask not in ("random", "some rows masked"):
+    return []
+  found = []
+  for scale in SCALES:
+    for sample in range(SAMPLES):
+      arguments = data(case, dtype, scale=scale, seed=sample)
+      if sample % 2:
+        arguments = confident(case, arguments)
+      lane = Lane(
+        f"accuracy {scale} {sample}",
+        mask,
+        where,
+        arguments,
+        directions(case, arguments),
+      )
+      found.append(lane)
+  return found
+
+
+def confident(case: Case, arguments):
+  """Targets that are what is predicted, as after training."""
+  x, *others = arguments
+  best = np.argmax(x, -1)
+  certain = x > 0 if case.elementwise else np.eye(x.shape[-1])[best]
+  targets = {
+    table.class_index: best,
+    table.binary: x > 0,
+    table.signs: np.where(x > 0, 1, -1),
+    table.soft_labels: certain,
+  }
+  (target, *_) = case.data[1:] or (None,)
+  if target in targets:
+    others[0] = targets[target].astype(others[0].dtype)
+  return [x, *others]
+
+
+@functools.cache
+def without_mask(case: Case, dtype: str) -> tuple[Lane, ...]:
+  """The lanes of the accuracy, and the clean one, with Optax's loss."""
+  everything = np.ones(case.shape, bool)
+  arguments = data(case, dtype)
+  found = [
+    Lane("clean", "none", everything, arguments, directions(case, arguments)),
+    *accuracy(case, dtype, "random", everything),
+  ]
+  fill_in(case, case.original, found, None)
+  return tuple(found)
+
+
+def expected(case: Case, lane: Lane, second: bool = True) -> dict:
+  """What the formula gives for a lane."""
+  shape = np.shape(lane.outputs["value"])
+  return reference(
+    case,
+    lane.arguments,
+    lane.where,
+    weights(shape),
+    lane.tangents if second else None,
+  )

@@ -1,0 +1,61 @@
+"""Clause 7: no NaN or infinity is computed because of a mask."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import DTYPES, each_case, masks, row_masks
+from jax.experimental import checkify
+from lanes import directions, run
+
+
+def garbled(case, arguments, where):
+  return [
+    jnp.where(
+      case.masked(position, np.broadcast_to(where, case.shape)),
+      jnp.nan if position in case.floating else -100,
+      x,
+    )
+    for position, x in enumerate(arguments)
+  ]
+
+
+# bfloat16 has the range of float32, and so the same extremes.
+@each_case(dtypes=[d for d in DTYPES if d != "bfloat16"], mechanisms=True)
+def test_debug_nans_and_infs(case, dtype):
+  """Operation by operation, with garbage in what is masked."""
+  clean = case.arguments(dtype)
+
+  def total(floats, arguments, where):
+    arguments = list(arguments)
+    for position, x in zip(case.floating, floats, strict=True):
+      arguments[position] = x
+    # Scaled, as a loss in half precision is, and as a weighted one may be.
+    return jnp.sum(128 * case.loss(*arguments, where=where))
+
+  for where in (masks(case.shape) | row_masks(case.shape)).values():
+    arguments = garbled(case, clean, where)
+    floats = [arguments[p] for p in case.floating]
+    with jax.debug_nans(True), jax.debug_infs(True):
+      case.loss(*arguments, where=where)
+      jax.grad(total)(floats, arguments, where)
+      if not where.all():  # The tools are on, and look.
+        with pytest.raises(FloatingPointError):
+          case.original(*arguments)
+
+
+@each_case(dtypes=DTYPES[:1], mechanisms=True)
+def test_checkify(case, dtype):
+  """Inside of compiled code too, and in second derivatives."""
+  arguments = [np.asarray(x)[None] for x in case.arguments(dtype)]
+  tangents = [t[None] for t in directions(case, [x[0] for x in arguments])]
+  checked = jax.jit(
+    checkify.checkify(
+      lambda *given: run.__wrapped__(case.loss, case.floating, *given),
+      checkify.nan_checks,
+    )
+  )
+  for where in masks(case.shape).values():
+    given = garbled(case, [x[0] for x in arguments], where)
+    error, _ = checked([x[None] for x in given], where[None], tangents)
+    error.throw()

@@ -1,0 +1,68 @@
+"""Value and gradient of every loss next to Optax's, by the one-hot path.
+
+A mask of examples and classes is written without a mask: each example by
+itself, its included elements chosen by a matrix of one-hot rows, and its label
+one of those. What is not chosen has a gradient of 0.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from cases import SLICED, assert_close, masks
+
+from optax_masking.losses import _table as table
+
+
+def by_one_hot_rows(case, arguments, where):
+  """The losses of the examples, 0 for those with nothing included."""
+  losses = []
+  for i, kept in enumerate(where):
+    labels = [int(arguments[p][i]) for p in case.positions(table.class_index)]
+    kept = kept & all(kept[label] for label in labels)
+    if not kept.any():
+      losses.append(jnp.zeros(kept.shape if case.elementwise else ()))
+      continue
+    chosen = jnp.eye(len(kept))[np.flatnonzero(kept)]  # One-hot rows.
+    row = [
+      jnp.argmax(chosen[:, labels[0]])[None] if x.ndim == 1 else chosen @ x[i]
+      for x in arguments
+    ]
+    row = [x if x.ndim == 1 and x.size == 1 else x[None] for x in row]
+    (loss,) = case.original(*row)
+    losses.append(loss @ chosen if case.elementwise else loss)
+  return jnp.stack(losses)
+
+
+class OneHotTest(chex.TestCase):
+  @chex.variants(with_jit=True, without_jit=True)
+  @parameterized.named_parameters(SLICED)
+  def test_value_and_gradient(self, case):
+    arguments = [
+      x.astype("float32") if p in case.floating or x.ndim == 2 else x
+      for p, x in enumerate(case.arguments("float32"))
+    ]
+    for where in (masks()["random"], masks()["whole classes"]):
+
+      def masked(arguments, where=where):
+        return case.loss(*arguments, where=where)
+
+      def total(floats, loss):
+        given = [*floats, *arguments[len(floats) :]]
+        return jnp.sum(loss(given)), loss(given)
+
+      def value_and_gradient(loss):
+        floats = [arguments[p] for p in case.floating]
+        function = jax.grad(lambda x: total(x, loss), has_aux=True)
+        return function(floats)
+
+      got = self.variant(lambda: value_and_gradient(masked))()
+      right = value_and_gradient(
+        lambda x, where=where: by_one_hot_rows(case, x, where)
+      )
+      jax.tree.map(lambda a, b: assert_close(a, b, "float32"), got, right)
+
+
+if __name__ == "__main__":
+  absltest.main()
