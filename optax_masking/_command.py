@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib.metadata
+import inspect
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from optax_masking import (
   _upstream,
   _wrappers,
 )
+from optax_masking.losses._table import ROWS
 from optax_masking.testing import CLAUSES
 
 FORMATS = ("text", "markdown", "json", "github", "html")
@@ -40,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     version=f"optax_masking {optax_masking.__version__}",
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
+  _add_losses(commands)
   _add_audit(commands)
   _add_stage(commands)
   _add_status(commands)
@@ -55,6 +58,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class UsageError(Exception):
   """Something that the user of the command can mend."""
+
+
+def _add_losses(commands: Any) -> None:
+  parser = commands.add_parser(
+    "losses",
+    help="list the losses, and what a mask removes of each",
+    description=(
+      "Lists the losses in a table of Markdown: the default axis, what a mask"
+      " removes, the value where nothing is left, and whether Optax has the"
+      " loss at its top or in `optax.losses` alone."
+    ),
+  )
+  parser.set_defaults(run=_run_losses, parser=parser)
+
+
+def _run_losses(given: argparse.Namespace) -> int:
+  del given
+  print("| Loss | Default `axis` | What a mask removes | Nothing left |")
+  print("|---|---|---|---|")
+  for row in ROWS.values():
+    name = row.name if row.at_top else f"losses.{row.name}"
+    loss = getattr(optax_masking.losses, row.name)
+    if row.makes_loss:
+      loss = row.of(optax_masking.losses)
+    axis = inspect.signature(loss).parameters["axis"].default
+    print(f"| `{name}` | `{axis}` | {row.removes} | {row.left} |")
+  return 0
 
 
 def _add_audit(commands: Any) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import optax_masking
 from optax_masking import _staging, _wrappers
 from optax_masking._staging import Checkout, StagingError
+from optax_masking.losses._table import ROWS
 from optax_masking.testing import CLAUSES
 
 # Threads of https://github.com/google-deepmind/optax, with what a masked loss
@@ -332,8 +333,9 @@ def _description(
   """A title, and a text in Markdown."""
   were, are = verdicts(before.root, names), verdicts(after.root, names)
   added = {name: after.takes(name) - before.takes(name) for name in names}
-  if "make_fenchel_young_loss" in names:  # Of the loss that it returns.
-    added["make_fenchel_young_loss"] = {"axis", "where"}
+  for name in names:
+    if ROWS[name].makes_loss:
+      added[name] = {"axis", "where"}
   old = [name for name in names if "where" not in added[name]]
   new_arguments = sorted(set().union(*added.values()))
   arguments = " and ".join(f"`{argument}`" for argument in new_arguments)

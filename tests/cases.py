@@ -92,12 +92,13 @@ def each_case(
   for case in cases:
     for number, dtype in enumerate(dtypes):
       marks = [pytest.mark.xdist_group(case.name)]
-      if case.output_of and number:  # The program of the other.
-        marks.append(pytest.mark.nightly)
-      elif mechanisms and not (
-        case.name in MECHANISMS
-        and MECHANISMS.index(case.name) % len(dtypes) == number
-      ):
+      if (case.output_of and number) or (
+        mechanisms
+        and not (
+          case.name in MECHANISMS
+          and MECHANISMS.index(case.name) % len(dtypes) == number
+        )
+      ):  # The program of the other.
         marks.append(pytest.mark.nightly)
       elif not quick or number:
         marks.append(pytest.mark.slow)

@@ -180,6 +180,7 @@ class Row:
       tell.
     compacts: Whether its data can be written without what is masked. Those of
       sequences can't: other arguments name the classes.
+    makes_loss: Whether it is a function that returns the loss.
     alias_of: The loss of which this is a deprecated name.
     output_of: The loss that it calls, for the first of its results.
   """
@@ -200,6 +201,7 @@ class Row:
   right_aligned: bool = False
   result_axes: tuple[int, ...] | None = None
   compacts: bool = True
+  makes_loss: bool = False
   alias_of: str | None = None
   output_of: str | None = None
 
@@ -344,6 +346,7 @@ _ROWS = (
     " examples",
     ("5f8e6a5a",),
     adapt=_of_logsumexp,
+    makes_loss=True,
   ),
   Row(
     "kl_divergence",
