@@ -15,6 +15,11 @@ Loss = Callable[..., jax.Array]
 _INSTRUCTION = re.compile(
   r"^\s*(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([\w-]+)\(", re.MULTILINE
 )
+# Its name, the type, the operation and the operands of one with an array.
+_ARRAY = re.compile(
+  r"^\s*(?:ROOT )?%([\w.-]+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(([^)]*)\)",
+  re.MULTILINE,
+)
 # An asynchronous one has a start and an end, of which one counts.
 _COLLECTIVE = re.compile(
   r"(?:all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter"
@@ -39,21 +44,53 @@ def counters_of(program: jax.stages.Compiled) -> dict[str, float]:
     program: The program.
 
   Returns:
-    `bytes` and `flops`, as the compiler estimates them, and `temporaries`, the
-    bytes that it allocates besides arguments and results, with the number of
-    `transpose`, `scatter`, `gather` and `collective` operations, those inside
-    of fusions included.
+    `bytes` and `flops`, as the compiler estimates them, but that a gather or a
+    scatter counts as what it touches, and `temporaries`, the bytes that it
+    allocates besides arguments and results, with the number of `transpose`,
+    `scatter`, `gather` and `collective` operations, those inside of fusions
+    included.
   """
   cost = program.cost_analysis() or {}
-  ops = operations(program.as_text() or "")
+  text = program.as_text() or ""
+  ops = operations(text)
   collectives = (n for op, n in ops.items() if _COLLECTIVE.fullmatch(op))
   return {
-    "bytes": cost.get("bytes accessed", 0.0),
+    "bytes": cost.get("bytes accessed", 0.0) - _not_touched(text),
     "flops": cost.get("flops", 0.0),
     "temporaries": program.memory_analysis().temp_size_in_bytes,
     **{op: ops[op] for op in ("transpose", "scatter", "gather")},
     "collective": sum(collectives),
   }
+
+
+def _not_touched(text: str) -> int:
+  """Bytes that the compiler bills, and that gathers and scatters don't touch.
+
+  It bills a gather for all of its operand, as the kernel reads it, and a
+  scatter in place for reading and writing all of it.
+  """
+  total = 0
+  for computation in text.split("\n}"):
+    found = {x[0]: x for x in _ARRAY.findall(computation)}
+
+    def size(name, found=found):
+      _, dtype, sizes, *_ = found[name]
+      bits = int(re.sub(r"\D", "", dtype) or 8)
+      return math.prod(int(n) for n in sizes.split(",") if n) * bits // 8
+
+    operands = {n: re.findall(r"%([\w.-]+)", x[4]) for n, x in found.items()}
+    for name, (_, _, _, operation, _) in found.items():
+      if operation not in ("gather", "scatter"):
+        continue
+      whole, *_, last = operands[name]
+      readers = [n for n in operands if whole in operands[n]]
+      if operation == "scatter":
+        total += 2 * (size(whole) - size(last))
+      elif len(readers) == 1:
+        while found[whole][3] == "convert":  # In the loop of the gather.
+          (whole,) = operands[whole]
+        total += size(whole) - size(name)
+  return total
 
 
 def operations(text: str) -> collections.Counter[str]:
