@@ -152,6 +152,7 @@ def masks(shape: tuple[int, ...] = SHAPE) -> dict[str, np.ndarray]:
     "all but one element": np.zeros(shape, bool),
     "whole rows": np.ones(shape, bool),
     "whole classes": np.ones(shape, bool),
+    "one class": np.ones(shape, bool),
     "random": rng.uniform(size=shape) < 0.6,
     "random, sparse": rng.uniform(size=shape) < 0.2,
   }
@@ -159,6 +160,7 @@ def masks(shape: tuple[int, ...] = SHAPE) -> dict[str, np.ndarray]:
   kinds["all but one element"].flat[-1] = True
   kinds["whole rows"][::2] = False
   kinds["whole classes"][..., 1:3] = False
+  kinds["one class"][..., 1] = False
   return kinds
 
 

@@ -23,8 +23,8 @@ def _abs(x):
 
 def _ratios(x):
   """For each class the sum of the probabilities of the others over its own."""
-  e = np.exp(x[None, :] - x[:, None])
-  return np.sum(np.where(np.eye(len(x), dtype=bool), 0, e), -1)
+  d = x[None, :] - x[:, None]  # On the diagonal 0, or NaN.
+  return np.sum(np.where(np.eye(len(x), dtype=bool), d, np.exp(d)), -1)
 
 
 def _minus_log_softmax(x):

@@ -29,6 +29,11 @@ KINDS = {"elements": masks, "rows": row_masks}
 # Of the accuracy: scales of the logits, and how often there are data of each.
 SCALES = (1.0, 10.0, 40.0)
 SAMPLES = 6
+# The masks whose lanes are compared with Optax's loss of what they include.
+ACCURATE = {
+  True: ("one class", "some rows masked"),
+  False: ("nothing masked", "no row masked"),
+}
 
 
 @dataclasses.dataclass
@@ -164,7 +169,7 @@ def of_mask(case: Case, dtype: str, name: str, where: np.ndarray) -> list[Lane]:
   return lanes
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)  # Those of one loss, for all tests of it.
 def lanes(case: Case, dtype: str, kind: str) -> tuple[Lane, ...]:
   """All lanes of a loss with masks of a kind, run."""
   found, wheres = [], []
@@ -191,29 +196,28 @@ def selected(case, dtype, kind, *beginnings) -> list[Lane]:
 
 def accuracy(case: Case, dtype: str, mask: str, where: np.ndarray):
   """Lanes with logits of all sizes, some of which predict their labels."""
-  if mask not in ("random", "some rows masked"):
+  if mask not in ACCURATE[case.compacts]:
     return []
   found = []
   for scale in SCALES:
     for sample in range(SAMPLES):
       arguments = data(case, dtype, scale=scale, seed=sample)
       if sample % 2:
-        arguments = confident(case, arguments)
-      lane = Lane(
-        f"accuracy {scale} {sample}",
-        mask,
-        where,
-        arguments,
-        directions(case, arguments),
-      )
-      found.append(lane)
+        arguments = confident(case, arguments, where)
+      for p in case.positions(table.class_index):
+        labels = arguments[p]
+        own = np.take_along_axis(where, labels[:, None], -1)[:, 0]
+        arguments[p] = np.where(own, labels, 0)  # One that is included.
+      tangents = directions(case, arguments)
+      what = f"accuracy {scale} {sample}"
+      found.append(Lane(what, mask, where, arguments, tangents))
   return found
 
 
-def confident(case: Case, arguments):
+def confident(case: Case, arguments, where):
   """Targets that are what is predicted, as after training."""
   x, *others = arguments
-  best = np.argmax(x, -1)
+  best = np.argmax(np.where(where, x, x.min()), -1)
   certain = x > 0 if case.elementwise else np.eye(x.shape[-1])[best]
   targets = {
     table.class_index: best,
@@ -227,26 +231,43 @@ def confident(case: Case, arguments):
   return [x, *others]
 
 
-@functools.cache
-def without_mask(case: Case, dtype: str) -> tuple[Lane, ...]:
-  """The lanes of the accuracy, and the clean one, with Optax's loss."""
-  everything = np.ones(case.shape, bool)
-  arguments = data(case, dtype)
+def compacted(case: Case, lane: Lane) -> Lane:
+  """A lane without what is masked: as much of each slice, or whole ones."""
+  kept = lane.where
+  slices = kept.any(-1)
+
+  def left(x, of_examples=False):
+    if of_examples:
+      return x[slices]
+    shape = (*kept.shape[:-2], -1, int(kept[slices][0].sum()))
+    return x[kept].reshape(shape)
+
+  arguments = [
+    left(x, p in case.per_example) for p, x in enumerate(lane.arguments)
+  ]
+  for p in case.positions(table.class_index):
+    position = np.cumsum(kept[slices], -1) - 1
+    labels = arguments[p][:, None]
+    arguments[p] = np.take_along_axis(position, labels, -1)[:, 0].astype(
+      "int32"
+    )
+  whole = np.ones(arguments[0].shape, bool)
+  tangents = [left(x) for x in lane.tangents]
+  return Lane(lane.what, lane.mask, whole, arguments, tangents)
+
+
+def without_mask(case: Case, dtype: str, kind: str) -> list[Lane]:
+  """The lanes of the accuracy with Optax's loss, of what is included."""
   found = [
-    Lane("clean", "none", everything, arguments, directions(case, arguments)),
-    *accuracy(case, dtype, "random", everything),
+    compacted(case, lane) for lane in selected(case, dtype, kind, "accuracy")
   ]
   fill_in(case, case.original, found, None)
-  return tuple(found)
+  return found
 
 
-def expected(case: Case, lane: Lane, second: bool = True) -> dict:
+def expected(case: Case, lane: Lane) -> dict:
   """What the formula gives for a lane."""
   shape = np.shape(lane.outputs["value"])
   return reference(
-    case,
-    lane.arguments,
-    lane.where,
-    weights(shape),
-    lane.tangents if second else None,
+    case, lane.arguments, lane.where, weights(shape), lane.tangents
   )

@@ -29,6 +29,8 @@ class Sizes:
     ]
     self.tangents = [t.astype("longdouble") for t in lane.tangents]
     self.largest = max(np.abs(x).max() for x in self.floats)
+    self.smallest = min(np.abs(x).min() for x in self.floats)
+    self.single = lane.where.sum(-1, keepdims=True) == 1
 
   def of_slices(self, function, x):
     """A number for each slice, or for all of them if they are not apart."""
@@ -58,10 +60,14 @@ class Sizes:
     return self.of_slices(np.max, np.max(np.abs(self.right["vjp"]), 0))
 
   def hessian(self):
-    """A second derivative is a difference of terms as large as the first."""
+    """A second derivative is a difference of terms as large as the first.
+
+    Of a slice of one element it may be one of reciprocals.
+    """
     terms = [*self.right["vjp"], *self.right["hessian"]]
     size = max(np.abs(x).max() for x in terms)
-    return self.largest if size < 1e-9 else size
+    size = self.largest if size < 1e-9 else size
+    return np.where(self.single, size + 1 / self.smallest, size)
 
 
 @pytest.mark.parametrize("kind", KINDS)

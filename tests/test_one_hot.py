@@ -26,10 +26,11 @@ def by_one_hot_rows(case, arguments, where):
       continue
     chosen = jnp.eye(len(kept))[np.flatnonzero(kept)]  # One-hot rows.
     row = [
-      jnp.argmax(chosen[:, labels[0]])[None] if x.ndim == 1 else chosen @ x[i]
-      for x in arguments
+      jnp.argmax(chosen[:, labels[0]])[None]
+      if p in case.per_example
+      else (chosen @ x[i])[None]
+      for p, x in enumerate(arguments)
     ]
-    row = [x if x.ndim == 1 and x.size == 1 else x[None] for x in row]
     (loss,) = case.original(*row)
     losses.append(loss @ chosen if case.elementwise else loss)
   return jnp.stack(losses)
@@ -40,7 +41,7 @@ class OneHotTest(chex.TestCase):
   @parameterized.named_parameters(SLICED)
   def test_value_and_gradient(self, case):
     arguments = [
-      x.astype("float32") if p in case.floating or x.ndim == 2 else x
+      x if p in case.per_example else x.astype("float32")
       for p, x in enumerate(case.arguments("float32"))
     ]
     for where in (masks()["random"], masks()["whole classes"]):

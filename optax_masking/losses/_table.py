@@ -364,14 +364,14 @@ _ROWS = (
   ),
   Row(
     "generalized_kl_divergence",
-    (logits, soft_labels),
+    (logits, probabilities),
     _TERMS,
     ("522956b3",),
     right_aligned=True,
   ),
   Row(
     "convex_kl_divergence",
-    (logits, soft_labels),
+    (logits, probabilities),
     _TERMS,
     ("200e36fc",),
     right_aligned=True,
