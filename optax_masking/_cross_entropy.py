@@ -89,7 +89,7 @@ def sigmoid_cross_entropy(
   With :math:`\log p = -\log(1 + \exp(-x))` and
   :math:`\log(1 - p) = -\log(1 + \exp x)` it is
   :math:`-y \log p - (1 - y) \log (1 - p)`, and its derivative
-  :math:`(p - y) \, dx - x \, dy`.
+  :math:`((1 - y) p - y (1 - p)) \, dx - x \, dy`.
   """
   del axes  # It is elementwise.
   logits, labels = jnp.broadcast_arrays(logits, labels)
@@ -307,7 +307,10 @@ def _(primals, tangents):
   @_recomputed
   def derivative(dx, dy, logits, labels, where):
     x, y, dx, dy = (_included(a, where) for a in (logits, labels, dx, dy))
-    return jnp.where(where, (_sigmoid(x) - y) * dx - x * dy, 0)
+    p, not_p = _sigmoids(x)
+    # p - y would cancel: at a label of 1 it is -not_p, which may be 1e-9.
+    slope = (1 - y) * p - y * not_p
+    return jnp.where(where, slope * dx - x * dy, 0)
 
   return _of_binary(*primals), derivative(*tangents[:2], *primals)
 
@@ -317,13 +320,24 @@ def _included(x, where):
 
 
 @jax.custom_jvp
-def _sigmoid(logits):
-  """The sigmoid, of the exponential that the loss has computed."""
+def _sigmoids(logits):
+  r"""The sigmoids of logits and of their negatives.
+
+  Both are quotients of the exponential that the loss has computed, and none is
+  1 less the other: each keeps its digits where it is small. The derivative is
+  their product, :math:`p (1 - p)`, which keeps them for the same reason.
+  """
   exponential = jnp.exp(-jnp.abs(logits))
-  return jnp.where(logits < 0, exponential, 1) / (1 + exponential)
+  larger = 1 / (1 + exponential)
+  smaller = exponential * larger
+  return (
+    jnp.where(logits < 0, smaller, larger),
+    jnp.where(logits < 0, larger, smaller),
+  )
 
 
-@_sigmoid.defjvp
+@_sigmoids.defjvp
 def _(primals, tangents):
-  p = _sigmoid(*primals)
-  return p, p * (1 - p) * tangents[0]
+  p, not_p = _sigmoids(*primals)
+  derivative = p * not_p * tangents[0]
+  return (p, not_p), (derivative, -derivative)

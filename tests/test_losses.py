@@ -388,6 +388,49 @@ class FormulasTest(parameterized.TestCase):
     assert_allclose(gradient, [[0, 0, 0], [-0.5, 0.5, 0]], rtol=1e-6)
 
 
+class ConfidentTest(parameterized.TestCase):
+  """Small derivatives, of what is certain: none is a difference of large ones.
+
+  Errors are relative to each number.
+  """
+
+  @parameterized.product(
+    dtype=DTYPES, label=(0.0, 0.25, 1.0), mask=("element", "row")
+  )
+  def test_sigmoid_binary_cross_entropy(self, dtype, label, mask):
+    sizes = [1, 4, 8] if dtype == "float16" else [1, 10, 20, 40]
+    logits = jnp.asarray([*sizes, *np.negative(sizes)], dtype)[:, None]
+    logits = jnp.concatenate([logits, jnp.full_like(logits, NAN)], 1)
+    where = np.array([[True, False]])
+    if mask == "row":
+      logits, where = logits.T, where.T
+    labels = jnp.full_like(logits, label)
+    x = np.where(where, np.asarray(logits, "float64"), 0)
+    e = np.exp(-np.abs(x))
+    p = np.where(x < 0, e, 1) / (1 + e)
+    not_p = np.where(x < 0, 1, e) / (1 + e)
+    slope = np.where(where, (1 - label) * p - label * not_p, 0)
+
+    def total(x, y):
+      losses = optax.sigmoid_binary_cross_entropy(x, y, where=where)
+      return jnp.sum(losses.astype("float32" if dtype != "float64" else dtype))
+
+    def curvature(x):
+      ones = jnp.ones_like(x)
+      return jax.jvp(jax.grad(total), (x, labels), (ones, 0 * labels))[1]
+
+    limit = {"rtol": 8 * float(jnp.finfo(dtype).eps)}
+    gradient = jax.grad(total)(logits, labels)
+    assert_allclose(np.asarray(gradient, "float64"), slope, **limit)
+    second = np.asarray(curvature(logits), "float64")
+    assert_allclose(second, np.where(where, p * not_p, 0), **limit)
+    # And its derivative: p (1 - p) (1 - 2 p).
+    third = jax.grad(lambda x: jnp.sum(curvature(x)))(logits)
+    third = np.asarray(third, "float64")
+    exact = np.where(where, p * not_p * (not_p - p), 0)
+    assert_allclose(third, exact, **limit)
+
+
 class ExtremesTest(parameterized.TestCase):
   @parameterized.parameters([(dtype,) for dtype in DTYPES])
   def test_logits(self, dtype):
