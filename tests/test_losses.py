@@ -828,6 +828,25 @@ class ScoresTest(parameterized.TestCase):
         )
         assert_close(gradient[where], expected[0], dtype)
 
+  @parameterized.parameters(
+    # Of two scores far apart the upper has all of the probability: the loss is
+    # 0 for its label, and their difference for the other.
+    (0, 120_000.0, [-1.0, 1.0]),
+    (1, 0.0, [0.0, 0.0]),
+  )
+  def test_sparsemax_of_distant_scores(self, label, loss, gradient):
+    """Their difference is more than float16 has, unlike the loss."""
+    for garbage in (NAN, -6e4, 6e4):
+      scores = jnp.array([[-6e4, 6e4, garbage]], "float16")
+      with jax.debug_nans(True), jax.debug_infs(True):
+        got = jax.value_and_grad(
+          lambda x: optax.losses.multiclass_sparsemax_loss(
+            x, np.array([label]), where=np.array([[True, True, False]])
+          )[0]
+        )(scores)
+      assert_allclose(got[0], loss, rtol=1e-6)
+      assert_equal(got[1], [[*gradient, 0]])
+
   @parameterized.parameters([(dtype,) for dtype in DTYPES])
   def test_sparsemax_of_many_masked_classes(self, dtype):
     """In a sum over them no digit of the others is lost."""

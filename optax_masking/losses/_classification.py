@@ -1029,10 +1029,21 @@ def ctc_loss(
   return losses
 
 
-# A score that is 1 below the maximum is outside of the support. A sum over many
-# of them needs the digits of float32, which is the dtype of the result anyway.
+def _wide_below_maximum(x, where, axes):
+  """Fills scores that enter a projection, which a shift does not change.
+
+  One that is 1 below the maximum is outside of the support. A sum over many of
+  them needs the digits of float32, which is the dtype of the result anyway, and
+  so does the shift: in float16 two scores may be an infinity apart, and the
+  loss of the lower one is finite.
+  """
+  # The select comes first, for no garbage to be converted.
+  x = jnp.where(where, x, 0).astype(jnp.promote_types(x.dtype, "float32"))
+  return below_maximum(x, where, axes, masked=-2.0)
+
+
 @masked_inputs(
-  scores=functools.partial(below_maximum, masked=-2.0),
+  scores=_wide_below_maximum,
   labels=class_index,
   compiled=True,
 )
@@ -1086,8 +1097,6 @@ def multiclass_sparsemax_loss(
     <https://arxiv.org/abs/1602.02068>`_, 2016.
   """
   (x,) = axes_last(axis, scores)
-  if where is not None:
-    x = x.astype(jnp.promote_types(x.dtype, "float32"))
   return _batched(original.multiclass_sparsemax_loss, x, labels)
 
 
