@@ -18,6 +18,7 @@ from cases import (
   assert_close,
   assert_equal,
   masks,
+  row_masks,
 )
 
 import optax_masking as optax
@@ -195,6 +196,32 @@ class WhereTest(parameterized.TestCase):
     assert_equal(
       case.loss(*square, where=where), case.loss(*square, where=where[:, None])
     )
+
+  @parameterized.named_parameters(NAMED)
+  def test_strict_ranks(self, case):
+    """No rank is promoted that Optax does not promote."""
+    arguments = case.arguments(DTYPES[0])
+    floats = case.floating()
+
+    def gradient(loss, **kwargs):
+      return jax.eval_shape(
+        jax.value_and_grad(lambda *x: jnp.sum(loss(*x, **kwargs)), floats),
+        *arguments,
+      )
+
+    every_mask = [masks(case.shape)["random"], *row_masks(case.shape).values()]
+    every_mask += [True, np.ones((1,) * len(case.shape), bool)]
+    every_mask += [masks(case.shape)["whole classes"][:1]]
+    # That without the last axis means another thing for these.
+    if not case.elementwise and case.name != "binary_dice_loss":
+      every_mask += [np.ones(case.shape[:-1], bool)]
+    with jax.numpy_rank_promotion("raise"):
+      try:
+        gradient(case.original)
+      except ValueError as e:
+        self.skipTest(f"Optax promotes: {e}")
+      for where in every_mask:
+        gradient(case.loss, where=where)
 
 
 class AxisTest(parameterized.TestCase):

@@ -93,8 +93,8 @@ def ntxent(
   )
   x = x / temperature
   included = jnp.any(mask, -1)
-  pairs = included[:, None] & included & ~jnp.eye(len(x), dtype=bool)
-  same = jnp.expand_dims(labels, 1) == jnp.asarray(labels)
+  pairs = included[:, None] & included[None] & ~jnp.eye(len(x), dtype=bool)
+  same = jnp.expand_dims(labels, 1) == jnp.expand_dims(labels, 0)
   positive, negative = pairs & same, pairs & ~same
   any_negative = jnp.any(negative, -1, keepdims=True)
   filled = far_below(x, negative, (1,))
