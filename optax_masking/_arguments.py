@@ -291,11 +291,57 @@ def fill_all(
     fill = fills[name]
     if isinstance(fill, PerExample) and fill.keeps is not None:
       where = where & fill.keeps(x, where, shape, axes)
+  if is_debugging():
+    arrays = {
+      name: without_garbage(
+        x, jnp.any(where, axes) if name in per_example else where, fills[name]
+      )
+      for name, x in arrays.items()
+    }
   filled = {
     name: fill_masked(name, x, where, fills[name], axes)
     for name, x in arrays.items()
   }
   return shape, axes, where, filled
+
+
+def is_debugging() -> bool:
+  """Whether JAX looks for NaN or infinity, or runs operation by operation.
+
+  Then each operation on garbage would be reported, or hide the one that is to
+  be found. A program that was compiled before a flag was set may be used after:
+  its numbers are the same, and to find what made its result NaN, JAX traces it
+  anew, operation by operation.
+  """
+  return (
+    jax.config.jax_debug_nans
+    or jax.config.jax_debug_infs
+    or jax.config.jax_disable_jit
+  )
+
+
+def without_garbage(x: Any, where: jax.Array, fill: Fill | None = 0) -> Any:
+  """Replaces what is masked before any other operation on an argument.
+
+  By a finite number, which no result depends on. It takes the select itself:
+  `jnp.where` converts what it is given, and broadcasts it.
+  """
+  if not isinstance(x, Array):
+    return x
+  if not isinstance(x, jax.Array):  # To convert a tracer is an operation.
+    x = jnp.asarray(x)
+  if isinstance(fill, PerExample):
+    fill = fill.fill
+  if fill is None or callable(fill):
+    fill = 0
+  # An element that is broadcast is masked where all that it meets is masked.
+  new = where.ndim - x.ndim
+  shape = (1,) * new + x.shape
+  met = tuple(a for a, size in enumerate(shape) if size == 1)
+  kept = jnp.squeeze(jnp.any(where, met, keepdims=True), tuple(range(new)))
+  number = int(fill) if jnp.issubdtype(x.dtype, jnp.integer) else fill
+  number = jax.lax.full_like(x, number)
+  return jax.lax.select(jnp.broadcast_to(kept, x.shape), x, number)
 
 
 def fill_masked(

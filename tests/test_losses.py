@@ -11,11 +11,13 @@ from absl.testing import absltest, parameterized
 from cases import (
   BY_NAME,
   DTYPES,
+  NAMED,
   SHAPE,
   assert_allclose,
   assert_close,
   assert_equal,
   masks,
+  row_masks,
   tolerance,
 )
 
@@ -429,6 +431,75 @@ class ConfidentTest(parameterized.TestCase):
     third = np.asarray(third, "float64")
     exact = np.where(where, p * not_p * (not_p - p), 0)
     assert_allclose(third, exact, **limit)
+
+
+class OperationsTest(parameterized.TestCase):
+  """With `jax_disable_jit` each operation is run, and looked at, by itself."""
+
+  def functions(self, case):
+    """Of the floating arguments: sums of losses under masks, and garbage."""
+    clean = case.arguments(DTYPES[0])
+    floats = case.floating()
+    row = row_masks(case.shape)["some rows masked"]
+    for where in (masks(case.shape)["random"], row, False):
+      kept = np.broadcast_to(where, case.shape)
+      arguments = [
+        np.where(kept, x, NAN) if i in floats else x
+        for i, x in enumerate(clean)
+      ]
+
+      def total(*x, arguments=arguments, where=where):
+        given = dict(enumerate(arguments)) | dict(zip(floats, x, strict=True))
+        return jnp.sum(case.loss(*given.values(), where=where))
+
+      yield total, [jnp.asarray(arguments[i], DTYPES[0]) for i in floats]
+
+  @parameterized.named_parameters(
+    pair for pair in NAMED if pair[0] != "ctc_loss_with_forward_probs"
+  )
+  def test_debug_nans(self, case):
+    for total, x in self.functions(case):
+      of = tuple(range(len(x)))
+      with jax.disable_jit(), jax.debug_nans(True):
+        value, gradient = jax.value_and_grad(total, of)(*x)
+      for got in (value, *gradient):
+        assert np.all(np.isfinite(got))
+
+  @parameterized.parameters(
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
+    "sigmoid_binary_cross_entropy",
+    "squared_error",
+    "safe_softmax_cross_entropy",
+    "multiclass_hinge_loss",
+    "cosine_similarity",
+    "binary_dice_loss",
+  )
+  def test_debug_nans_in_second_derivatives(self, name):
+    """Of the formulas, a fill of each kind, and what masks by itself."""
+    for total, x in self.functions(BY_NAME[name]):
+      with jax.disable_jit(), jax.debug_nans(True):
+        got = jax.hessian(total)(*x)
+      assert np.all(np.isfinite(got))
+
+  @parameterized.parameters(
+    "softmax_cross_entropy_with_integer_labels", "squared_error", "dice_loss"
+  )
+  def test_included_nan(self, name):
+    """It is found, and no garbage before it."""
+    case = BY_NAME[name]
+    x, *others = case.arguments(DTYPES[0])
+    x = x.at[0, 0].set(NAN).at[1].set(NAN)
+    where = row_masks(case.shape)["no row masked"].copy()
+    where[1] = False
+    for included in (True, False):
+      where[0, 0] = included
+      with jax.disable_jit(), jax.debug_nans(True):
+        if included:
+          with self.assertRaises(FloatingPointError):
+            case.loss(x, *others, where=where)
+        else:
+          case.loss(x, *others, where=where)
 
 
 class ExtremesTest(parameterized.TestCase):

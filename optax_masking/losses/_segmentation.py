@@ -12,6 +12,8 @@ from optax_masking._arguments import (
   canonicalize_axes,
   canonicalize_where,
   check_accepted,
+  is_debugging,
+  without_garbage,
 )
 from optax_masking.fills import below_maximum, select
 from optax_masking.losses._original import original
@@ -132,6 +134,13 @@ def _masked_pixels(predictions, targets, where, apply_softmax, channel=False):
   shape = (*shape, 1) if channel else shape
   classes = (len(shape) - 1,)
   where = canonicalize_where(where, shape, classes, False)
+  if is_debugging():
+    predictions, targets = (
+      without_garbage(
+        x, where if jnp.ndim(x) == len(shape) else jnp.squeeze(where, -1)
+      )
+      for x in (predictions, targets)
+    )
 
   def masked(x):
     if jnp.ndim(x) == len(shape):
