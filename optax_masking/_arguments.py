@@ -22,6 +22,7 @@ from optax_masking.fills import (
 
 Axis = int | tuple[int, ...] | None
 Where = jax.typing.ArrayLike | Sequence[Any] | None
+Tracer = jax.core.Tracer
 
 
 def arrays_to_fill(
@@ -313,11 +314,8 @@ def is_debugging() -> bool:
   its numbers are the same, and to find what made its result NaN, JAX traces it
   anew, operation by operation.
   """
-  return (
-    jax.config.jax_debug_nans
-    or jax.config.jax_debug_infs
-    or jax.config.jax_disable_jit
-  )
+  flags = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
+  return any(getattr(jax.config, flag) for flag in flags)
 
 
 def without_garbage(x: Any, where: jax.Array, fill: Fill | None = 0) -> Any:
@@ -326,10 +324,9 @@ def without_garbage(x: Any, where: jax.Array, fill: Fill | None = 0) -> Any:
   By a finite number, which no result depends on. It takes the select itself:
   `jnp.where` converts what it is given, and broadcasts it.
   """
-  if not isinstance(x, Array):
+  in_numpy = isinstance(x, np.ndarray) and not isinstance(where, Tracer)
+  if not (in_numpy or isinstance(x, jax.Array)):
     return x
-  if not isinstance(x, jax.Array):  # To convert a tracer is an operation.
-    x = jnp.asarray(x)
   if isinstance(fill, PerExample):
     fill = fill.fill
   if fill is None or callable(fill):
@@ -339,9 +336,12 @@ def without_garbage(x: Any, where: jax.Array, fill: Fill | None = 0) -> Any:
   shape = (1,) * new + x.shape
   met = tuple(a for a, size in enumerate(shape) if size == 1)
   kept = jnp.squeeze(jnp.any(where, met, keepdims=True), tuple(range(new)))
-  number = int(fill) if jnp.issubdtype(x.dtype, jnp.integer) else fill
-  number = jax.lax.full_like(x, number)
-  return jax.lax.select(jnp.broadcast_to(kept, x.shape), x, number)
+  if jnp.issubdtype(x.dtype, jnp.integer):
+    fill = int(fill)
+  if in_numpy:  # To put it on a device would be an operation.
+    return np.where(kept, x, np.asarray(fill, x.dtype))
+  kept = jnp.broadcast_to(kept, x.shape)
+  return jax.lax.select(kept, x, jax.lax.full_like(x, fill))
 
 
 def fill_masked(

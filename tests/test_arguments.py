@@ -1,6 +1,7 @@
 """What `axis` and `where` accept, mean and refuse."""
 
 import inspect
+import itertools
 import re
 
 import jax
@@ -443,6 +444,92 @@ class DataTest(parameterized.TestCase):
     with jax.debug_nans(True), jax.debug_infs(True):
       got = case.loss(*garbage, where=where)
     assert_equal(got, case.loss(*arguments, where=where))
+
+
+class TypesTest(parameterized.TestCase):
+  """The result has Optax's dtype, and is weak where Optax's is."""
+
+  KINDS = (
+    ("float32", False),
+    ("float16", False),
+    ("bfloat16", False),
+    (None, True),
+    ("int8", False),
+    ("int32", False),
+    ("int32", True),
+    ("bool", False),
+    0.5,
+    1,
+  )
+
+  # Other parameters that are numbers or arrays.
+  PARAMETERS = (
+    ("sigmoid_focal_loss", "alpha"),
+    ("sigmoid_focal_loss", "gamma"),
+    ("huber_loss", "delta"),
+    ("poly_loss_cross_entropy", "epsilon"),
+    ("cosine_similarity", "epsilon"),
+    ("cosine_distance", "epsilon"),
+    ("triplet_margin_loss", "margin"),
+    ("triplet_margin_loss", "eps"),
+    ("ntxent", "temperature"),
+    ("ctc_loss", "log_epsilon"),
+    ("dice_loss", "smooth"),
+    ("dice_loss", "alpha"),
+    ("dice_loss", "beta"),
+    ("multiclass_generalized_dice_loss", "smooth"),
+    ("binary_dice_loss", "smooth"),
+  )
+
+  def check(self, case, kinds, shapes, call):
+    """`call` has the loss, the arguments and keywords."""
+    arrays = []
+    for kind, shape in zip(kinds, shapes, strict=True):
+      if isinstance(kind, tuple):
+        dtype, weak = kind[0] or DTYPES[0], kind[1]
+        arrays.append(jax.ShapeDtypeStruct(shape, dtype, weak_type=weak))
+
+    def types(loss, **kwargs):
+      def function(arrays):
+        given = iter(arrays)
+        given = [next(given) if isinstance(k, tuple) else k for k in kinds]
+        return call(loss, given, kwargs)
+
+      result = jax.tree.leaves(jax.eval_shape(function, arrays))
+      return [(x.dtype, x.weak_type) for x in result]
+
+    try:
+      expected = types(case.original)
+    except Exception:
+      return  # It refuses these.
+    full = np.ones(case.shape, bool)
+    for where in (full, True) if arrays else (True,):
+      try:
+        got = types(case.loss, where=where)
+      except (TypeError, ValueError) as e:
+        # What the docstrings refuse under a mask.
+        self.assertRegex(str(e), "must (be floating|have the same size)")
+      else:
+        self.assertEqual(got, expected, f"{kinds} {np.shape(where)}")
+
+  @parameterized.named_parameters(NAMED)
+  def test_data(self, case):
+    shapes = [x.shape for x in case.arguments(DTYPES[0])]
+    for kinds in itertools.product(self.KINDS, repeat=min(len(shapes), 2)):
+      kinds = (*kinds, *kinds[1:] * 2)[: len(shapes)]
+      self.check(case, kinds, shapes, lambda f, x, kw: f(*x, **kw))
+
+  @parameterized.parameters(*PARAMETERS)
+  def test_parameters(self, name, parameter):
+    case = BY_NAME[name]
+    shapes = [x.shape for x in case.arguments(DTYPES[0])]
+    for kind, data in itertools.product(self.KINDS, self.KINDS[:4]):
+      self.check(
+        case,
+        (kind, *[data] * len(shapes)),
+        [(), *shapes],
+        lambda f, x, kw: f(*x[1:], **{parameter: x[0]}, **kw),
+      )
 
 
 if __name__ == "__main__":

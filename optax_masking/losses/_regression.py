@@ -35,9 +35,9 @@ def _of_error(
   def formula(predictions, targets, *, where, axes):
     del axes  # It is elementwise.
     if targets is not None:
-      dtype = jnp.result_type(predictions, targets)
       if not jnp.issubdtype(targets.dtype, jnp.floating):
-        targets = targets.astype(dtype)
+        # A sum, unlike a conversion, is weak where Optax's difference is.
+        targets = jnp.zeros_like(predictions, shape=()) + targets
       predictions, targets = jnp.broadcast_arrays(predictions, targets)
     return masked(predictions, targets, where)
 

@@ -65,6 +65,8 @@ def smooth_labels(
     return original.smooth_labels(labels, alpha, axis=axis)
   check_accepted(lambda: original.smooth_labels(labels, alpha))
   count = jnp.maximum(jnp.sum(jnp.asarray(where), axis, keepdims=True), 1)
-  share = (1 / count).astype(jnp.result_type(labels))
   alpha = jnp.asarray(alpha)
-  return (1 - alpha) * labels + alpha * share
+  # Optax divides by the count: an integer becomes a float32. Of other dtypes
+  # the quotient keeps that of alpha, since the reciprocal's is weak; the count
+  # itself may be more than float16 has.
+  return (1 - alpha) * labels + alpha / 1 * (1.0 / count)
