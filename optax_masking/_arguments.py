@@ -48,23 +48,27 @@ def arrays_to_fill(
 def constants_and_inputs(
   arguments: Mapping[str, Any],
   to_fill: Collection[str],
+  fills: Mapping[str, Fill | None],
   signature: inspect.Signature,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
   """Divides arguments into constants of a compiled program and its inputs.
 
   None, if one should be neither: a function, unless it is the default, may be
   another one at each call, and so may an index, and each would be compiled. A
-  number in the place of the data is for the loss to refuse.
+  number in the place of the data is for the loss to refuse. An integer may be
+  the structure of a program, such as an index or an exponent, but not where a
+  fill tells that an array may stand.
   """
   constants: list[tuple[str, Any, Any]] = []
   inputs: dict[str, Any] = {}
   for name, x in arguments.items():
     is_array = isinstance(x, Array | np.generic)
+    is_number = isinstance(x, float) or (name in fills and _is_int32(x))
     if name in to_fill:
-      is_input = is_array or (isinstance(x, float) and bool(inputs))
+      is_input = is_array or (is_number and bool(inputs))
     else:
       is_input = name != "axis" and (
-        isinstance(x, float) or (is_array and not _may_be_index(x))
+        is_number or (is_array and not _may_be_index(x))
       )
     if is_input:
       inputs[name] = x
@@ -83,6 +87,11 @@ def constants_and_inputs(
     else:
       return None
   return tuple(constants), inputs
+
+
+def _is_int32(x: Any) -> bool:
+  """Whether it is a Python integer, and no boolean, that an input can hold."""
+  return type(x) is int and -(2**31) <= x < 2**31
 
 
 def _may_be_index(x: Any) -> bool:

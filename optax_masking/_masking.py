@@ -106,10 +106,10 @@ def masked_inputs(
     compiled: Whether to compile the masked loss, for calls outside of ``jit``.
       It may then depend on nothing but its arguments: what else it reads stays
       what it was at the first call. One that can't be compiled is traced in
-      vain, and run. Arrays and floats are inputs of the program; None,
-      integers, strings and tuples are constants, with a program for each. A
-      call with anything else, such as a function that is not the default, is
-      not compiled.
+      vain, and run. Arrays, floats and, of arguments with a fill, integers are
+      inputs of the program; None, other integers, strings and tuples are
+      constants, with a program for each. A call with anything else, such as a
+      function that is not the default, is not compiled.
     **fills: For each argument of the loss that is an array, by name, what
       stands in for its masked elements: something that keeps the loss and its
       derivatives finite and, in a loss that reduces ``axis``, adds nothing to
@@ -225,7 +225,7 @@ def masked_inputs(
           arguments = {**call.arguments, **arrays}
           where = boolean_mask(arguments.pop("where"))
           if compiled:
-            divided = constants_and_inputs(arguments, arrays, signature)
+            divided = constants_and_inputs(arguments, arrays, fills, signature)
             if divided is not None:
               # What it refuses is refused once more, without JAX's frames.
               with contextlib.suppress(TypeError, ValueError, AssertionError):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax as upstream
 from absl.testing import absltest, parameterized
-from cases import DTYPES, NAMED, assert_close, row_masks
+from cases import DTYPES, NAMED, assert_allclose, assert_close, row_masks
 
 import optax_masking as optax
 from benchmarks.counters import counters, kept, scanned_temporaries
@@ -250,23 +250,46 @@ class EagerTest(parameterized.TestCase):
     jax.jit(lambda x: x)(arguments[0])  # The list is not always empty.
     self.assertNotEmpty(COMPILED)
 
-  def test_python_numbers(self):
-    """A float is no constant of the program."""
-    x = jnp.ones((4, 5))
-    for loss, name in (
-      (optax.smooth_labels, "alpha"),
-      (optax.sigmoid_focal_loss, "alpha"),
-      (optax.sigmoid_focal_loss, "gamma"),
-      (optax.huber_loss, "delta"),
-      (optax.cosine_similarity, "epsilon"),
-    ):
-      data = (x,) if loss is optax.smooth_labels else (x, x)
-      loss(*data, where=x > 0, **{name: 0.25})
-      COMPILED.clear()
-      got = loss(*data, where=x > 0, **{name: 0.5})
-      self.assertEmpty(COMPILED)
-      expected = getattr(upstream, loss.__name__)(*data, **{name: 0.5})
-      assert_close(got, expected, DTYPES[0])
+  @parameterized.parameters(
+    ("smooth_labels", "alpha"),
+    ("sigmoid_focal_loss", "alpha"),
+    ("sigmoid_focal_loss", "gamma"),
+    ("huber_loss", "delta"),
+    ("huber_loss", "targets"),
+    ("poly_loss_cross_entropy", "epsilon"),
+    ("triplet_margin_loss", "margin"),
+    ("cosine_similarity", "epsilon"),
+    ("cosine_distance", "epsilon"),
+  )
+  def test_python_numbers(self, name, parameter):
+    """A number in the place of an array is no constant of the program."""
+    x = jnp.arange(20.0).reshape(4, 5) / 10 + 0.1
+    loss, original = (getattr(m.losses, name) for m in (optax, upstream))
+    data = (x, jnp.flip(x), x[::-1])
+    data = data[: {"smooth_labels": 1, "triplet_margin_loss": 3}.get(name, 2)]
+    if parameter == "targets":
+      data = data[:1]
+    for first, *others in ((0.25, 0.5), (1, 2, 3), (True, 1), (1, True)):
+      loss(*data, where=x > 0, **{parameter: first})
+      for number in others:
+        COMPILED.clear()
+        got = loss(*data, where=x > 0, **{parameter: number})
+        if type(number) is type(first):
+          self.assertEmpty(COMPILED)
+        expected = original(*data, **{parameter: number})
+        self.assertEqual(got.dtype, expected.dtype)
+        assert_close(got, expected, DTYPES[0])
+    if parameter == "alpha":
+      return  # It is at most 1.
+    for number in (2**40, -(2**40)):  # It may be more than an input holds.
+      try:
+        expected = original(*data, **{parameter: number})
+      except OverflowError:
+        with self.assertRaises(OverflowError):
+          loss(*data, where=x > 0, **{parameter: number})
+      else:
+        got = loss(*data, where=x > 0, **{parameter: number})
+        assert_allclose(got, expected, rtol=1e-5)
 
   def test_functions(self):
     """A function is used at each call, though it can't be compiled once."""

@@ -413,6 +413,21 @@ class CompiledTest(absltest.TestCase):
     assert_equal(loss(x, True, where=True), [2, 2])
     assert_equal(loss(x, 1, where=True), [3, 3])
 
+  def test_integers(self):
+    """An input where there is a fill, but no boolean and none that is large."""
+
+    @optax.masked_inputs(x=0.0, scale=1.0, compiled=True)
+    def loss(x, *, scale=1, order=1):
+      # A boolean that is an input is no number, and its sum no other.
+      factor = (scale + scale) / 2
+      return x * factor * (1 if isinstance(order, int) else jnp.nan)
+
+    x = jnp.array([1.0, 2.0])
+    for scale in (1, True, 2, 3.0, 2**40):
+      for order in (1, 2):
+        got = loss(x, scale=scale, order=order, where=True)
+        assert_equal(got, np.array([1.0, 2.0]) * scale)
+
   def test_not_compiled(self):
     """Values that a program can't depend on are used as they are."""
 
