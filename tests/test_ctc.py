@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax as upstream
 from absl.testing import absltest, parameterized
-from cases import assert_allclose, assert_close, assert_equal
+from cases import DTYPES, assert_allclose, assert_close, assert_equal
 
 import optax_masking as optax
 
@@ -259,6 +259,43 @@ class ClassesTest(parameterized.TestCase):
       unmasked,
       rtol=1e-5,
     )
+
+
+class CostsTest(parameterized.TestCase):
+  """What costs more than the stand-in for minus infinity, as documented."""
+
+  @parameterized.parameters(6e4, 1.2e5, 3e5)
+  def test_label(self, cost):
+    """Unlikely in each frame: log(2) for the choice of one of the two."""
+    logits = np.zeros((1, 2, 2)) - np.array([0.0, cost])
+    loss, gradient = self.loss_and_gradient(logits, True)
+    assert_allclose(loss, min(cost, 1e5) - np.log(2), rtol=1e-6)
+    expected = [[0.5, -0.5]] * 2 if cost < 1e5 else np.zeros((2, 2))
+    assert_allclose(gradient[0], expected, rtol=1e-2)
+
+  @parameterized.parameters(6e4, 1.2e5, 3e5)
+  def test_masked_class(self, cost):
+    """The label is masked in the first frame, and unlikely in the second."""
+    logits = np.array([[[0.0, NAN], [0.0, -cost]]])
+    where = ~np.isnan(logits)
+    loss, gradient = self.loss_and_gradient(logits, where)
+    assert_allclose(loss, min(cost, 1e5), rtol=2e-5)
+    self.assertEqual(gradient[0, 0, 1], 0)
+    assert_allclose(gradient[0, 1, 1], -1 if cost < 1e5 else 0, rtol=1e-6)
+
+  @staticmethod
+  def loss_and_gradient(logits, where):
+    return jax.value_and_grad(
+      lambda x: jnp.sum(
+        optax.ctc_loss(
+          x,
+          np.zeros((1, 2)),
+          np.array([[1]]),
+          np.zeros((1, 1)),
+          where=where,
+        )
+      )
+    )(jnp.asarray(logits, DTYPES[0]))
 
 
 class ArgumentsTest(parameterized.TestCase):

@@ -982,8 +982,12 @@ def ctc_loss(
     blank_id: Index of the blank, a class that is never a label.
     log_epsilon: Stands for the logarithm of 0. The loss of a sequence whose
       labels have no alignment, such as one with more labels than frames, is
-      about its negative; masked classes have a log probability of -1e5. Mask
-      such a sequence, if it is not to count.
+      about its negative, 1e5, with a gradient that teaches nothing: see the
+      examples for how to drop such a sequence. What costs more can't be told
+      from it: if each alignment has a negative log probability above 1e5, the
+      loss is about 1e5, and the derivatives of these alignments are 0. So it is
+      with a masked class, whose log probability in a frame is -1e5: where no
+      alignment without it costs less, the loss is about 1e5, too.
     axis: Class axis or axes, as in :func:`optax_masking.masked_inputs`.
     where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
       mask of shape ``[B, T]`` removes frames as padding does, one of shape
@@ -1010,6 +1014,21 @@ def ctc_loss(
     ...     where=jnp.array([[True, False, True]]))
     >>> print(loss)  # Of the 4 paths of 2 frames, 3 are of one label.
     [0.2877]
+
+    A sequence needs a frame for each label, and one for the blank between two
+    that are equal. One with fewer has no alignment, and is masked as a whole:
+
+    >>> logits, logit_paddings = jnp.zeros((2, 2, 3)), jnp.zeros((2, 2))
+    >>> labels = jnp.array([[1, 0], [2, 2]])
+    >>> label_paddings = jnp.array([[0, 1], [0, 0]])
+    >>> counted = label_paddings == 0
+    >>> equal = (labels[:, 1:] == labels[:, :-1]) & counted[:, 1:]
+    >>> frames = jnp.sum(logit_paddings == 0, 1)
+    >>> valid = jnp.sum(counted, 1) + jnp.sum(equal, 1) <= frames
+    >>> print(optax.ctc_loss(  # log(9 / 3), and else 100,000 for the second.
+    ...     logits, logit_paddings, labels, label_paddings,
+    ...     where=valid[:, None, None]))
+    [1.0986 0.    ]
 
   References:
     Graves et al., `Connectionist Temporal Classification: Labelling Unsegmented
