@@ -32,7 +32,7 @@ def relative_errors(case, lanes, dtype):
         error = np.abs(g.astype("longdouble") - r)[counts] / size[counts]
         found.setdefault(name, []).append(error.astype("float64"))
   return {
-    name: np.nan_to_num(np.concatenate(errors), nan=np.inf)
+    name: np.nan_to_num(np.concatenate(errors), nan=np.inf, posinf=np.inf)
     for name, errors in found.items()
   }
 
@@ -45,7 +45,6 @@ def test_quantiles(case, dtype, kind):
   theirs = relative_errors(case, without_mask(case, dtype, kind), dtype)
   few = 4 * float(jnp.finfo(dtype).eps)
   for name, errors in ours.items():
-    assert len(errors) == len(theirs[name])
     for q in QUANTILES if len(errors) else ():
       # Of an odd number, so that no infinity is averaged.
       got, floor = (
