@@ -20,6 +20,7 @@ from cases import (
   row_masks,
   tolerance,
 )
+from jax.experimental import jet
 
 import optax_masking as optax
 
@@ -500,6 +501,72 @@ class OperationsTest(parameterized.TestCase):
             case.loss(x, *others, where=where)
         else:
           case.loss(x, *others, where=where)
+
+
+class TaylorTest(parameterized.TestCase):
+  """The Taylor mode of JAX, for the losses of which it is promised."""
+
+  @parameterized.parameters(
+    *(
+      (name, masked)
+      for name in (
+        "make_fenchel_young_loss",
+        "hinge_loss",
+        "perceptron_loss",
+        "sparsemax_loss",
+        "smooth_labels",
+        "dice_loss",
+        "multiclass_generalized_dice_loss",
+        "binary_dice_loss",
+      )
+      for masked in ("random", "row")
+    ),
+    ("multiclass_hinge_loss", "row"),
+    ("multiclass_perceptron_loss", "row"),
+  )
+  def test_derivatives(self, name, masked):
+    """They are those of forward mode, taken twice."""
+    case = BY_NAME[name]
+    where = masks(case.shape)["random"]
+    if masked == "row":
+      where = row_masks(case.shape)["some rows masked"]
+    x, *others = case.arguments(DTYPES[0])
+    x = jnp.where(where, x, NAN)
+    rng = np.random.default_rng(0)
+    direction = jnp.asarray(rng.normal(size=x.shape), x.dtype)
+
+    def total(x):
+      return jnp.sum(case.loss(x, *others, where=where))
+
+    def slope(x):
+      return jax.jvp(total, (x,), (direction,))[1]
+
+    series = [direction, jnp.zeros_like(direction)]
+    value, (first, second) = jet.jet(total, (x,), (series,))
+    assert_close(value, total(x), DTYPES[0])
+    assert_close(first, slope(x), DTYPES[0], roundings=64)
+    expected = jax.jvp(slope, (x,), (direction,))[1]
+    assert_close(second, expected, DTYPES[0], roundings=256)
+
+  @parameterized.parameters(
+    ("squared_error", "row"),
+    ("kl_divergence", "row"),
+    ("multiclass_hinge_loss", "random"),
+  )
+  def test_not_promised(self, name, masked):
+    """If these pass, the documentation is to be changed."""
+    case = BY_NAME[name]
+    where = masks(case.shape)["random"]
+    if masked == "row":
+      where = row_masks(case.shape)["some rows masked"]
+    x, *others = case.arguments(DTYPES[0])
+
+    def total(x, loss=case.loss, **kwargs):
+      return jnp.sum(loss(x, *others, **kwargs))
+
+    jet.jet(lambda x: total(x, case.original), (x,), ([x],))
+    with self.assertRaises((KeyError, jax.errors.UnexpectedTracerError)):
+      jet.jet(lambda x: total(x, where=where), (x,), ([x],))
 
 
 class ExtremesTest(parameterized.TestCase):
