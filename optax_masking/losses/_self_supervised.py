@@ -97,6 +97,10 @@ def ntxent(
   same = jnp.expand_dims(labels, 1) == jnp.expand_dims(labels, 0)
   positive, negative = pairs & same, pairs & ~same
   any_negative = jnp.any(negative, -1, keepdims=True)
+  # The loss is one of differences, which have more digits near 0.
+  least = jnp.min(x, -1, keepdims=True)
+  top = jnp.max(jnp.where(pairs, x, least), -1, keepdims=True)
+  x = x - jax.lax.stop_gradient(top)
   filled = far_below(x, negative, (1,))
   logs = jax.nn.logsumexp(filled, -1, keepdims=True)
   # Without a negative pair it is the logarithm of x over x, NaN if x is.

@@ -485,6 +485,7 @@ _ROWS = (
     ("0dda955b",),
     left="0, without a positive pair",
     slices=False,
+    shape=(6, 5),
     fit=_few_examples,
   ),
   Row(
