@@ -42,4 +42,5 @@ _submodules.install()
 
 
 def __dir__() -> list[str]:
-  return sorted(globals().keys() | set(dir(_optax)))
+  # No name that pytest gives to the modules of a plugin, as `@py_builtins`.
+  return sorted(filter(str.isidentifier, {*globals(), *dir(_optax)}))

@@ -40,6 +40,7 @@ def run(pytester):
   return run_pytest
 
 
+@pytest.mark.slow
 def test_fixture(run, pytester):
   pytester.makepyfile(TESTS)
   result = run("-rP")
@@ -54,6 +55,7 @@ def test_fixture(run, pytester):
   result.stdout.no_fnmatch_line("*pytest_optax_masking.py:*")
 
 
+@pytest.mark.slow
 def test_audit_adds_a_test_for_each_clause(run, pytester):
   target = "--mask-audit=losses:wrong"
   result = run(target, "--mask-audit-quick", "--junitxml=report.xml")
@@ -72,6 +74,7 @@ def test_audit_adds_a_test_for_each_clause(run, pytester):
   assert failed.get("name") == "wrong[zero_gradient]"
 
 
+@pytest.mark.slow
 def test_options_of_pytest_choose_from_the_tests(run):
   target = ("--mask-audit=losses:wrong", "--mask-audit-quick")
   result = run(*target, "-k", "zero_gradient or empty")
@@ -82,6 +85,7 @@ def test_options_of_pytest_choose_from_the_tests(run):
   result.stdout.fnmatch_lines(["mask-audit[[]losses:wrong]::wrong[[]empty]"])
 
 
+@pytest.mark.slow
 def test_several_targets(run):
   result = run(
     "--mask-audit=losses:right",
@@ -108,6 +112,25 @@ def test_jax_is_not_imported_before_it_is_used(run, pytester):
       assert "pytest_optax_masking" in sys.modules
       for name in ("jax", "optax", "optax_masking", "chex", "absl"):
         assert name not in sys.modules, name
+    """
+  )
+  run().assert_outcomes(passed=1)
+
+
+def test_names_under_pytest(run, pytester):
+  """Those that its assertions add to an installed plugin are not listed."""
+  # As pytest does by itself unless the installation is an editable one.
+  pytester.makeconftest(
+    "import pytest; pytest.register_assert_rewrite('optax_masking')"
+  )
+  pytester.makepyfile(
+    """
+    import optax_masking
+
+    def test_names():
+      added = [n for n in vars(optax_masking) if not n.isidentifier()]
+      assert "@pytest_ar" in added
+      assert not {*added} & {*dir(optax_masking)}
     """
   )
   run().assert_outcomes(passed=1)
