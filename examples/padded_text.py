@@ -165,7 +165,8 @@ def write(params: Params, text: str, characters: str) -> str:
   while len(text) < 72 and not text.endswith(END):
     context = encode((END * CONTEXT + text)[-CONTEXT:], characters)
     logits = predict(params, jnp.array(context))
-    text += rng.choice(list(characters), p=np.array(jax.nn.softmax(3 * logits)))
+    p = np.array(jax.nn.softmax(3 * logits))
+    text += characters[rng.choice(len(characters), p=p)]
   return text.strip() if text.endswith(END) else text + "..."
 
 

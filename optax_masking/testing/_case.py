@@ -335,8 +335,8 @@ class Problem:
     """A mask in the shape of the data."""
     order = np.argsort(self.where_axes)
     expanded = np.transpose(where, order) if where.ndim else where
-    missing = [k for k in range(len(self.shape)) if k not in self.where_axes]
-    return np.broadcast_to(np.expand_dims(expanded, missing), self.shape)
+    missing = {*range(len(self.shape))} - {*self.where_axes}
+    return np.broadcast_to(np.expand_dims(expanded, tuple(missing)), self.shape)
 
   def included(
     self, where: np.ndarray, shape: Sequence[int], axes: Axes
