@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from optax_masking import testing
 
 PREDICTIONS, TARGETS = planted_faults.PAIR
 ELEMENTS = planted_faults.ELEMENTS
+
+# For what depends neither on the derivative nor on the transformation.
+GRADIENTS = {"derivatives": ("value", "vjp"), "transforms": ("jit",)}
 
 
 def check(row, **options):
@@ -34,30 +38,67 @@ def masked_square(predictions, targets, where=None):
   return jnp.where(where, predictions - targets, 0) ** 2
 
 
+# One fault for each clause, with what it takes to find it; and right losses
+# of integer labels and in half precision.
+FEW: dict[str, dict] = {
+  "multiply_by_mask": GRADIENTS,
+  "weights_without_gradient": GRADIENTS,
+  "gradient_of_labels": GRADIENTS,
+  "mean_over_all": GRADIENTS,
+  "epsilon_in_denominator": GRADIENTS,
+  "entropy_of_nothing": GRADIENTS,
+  "fill_as_label_logit": GRADIENTS,
+  "take_and_select": GRADIENTS,
+  "mask_that_does_not_broadcast": GRADIENTS,
+  "nan_to_num_of_input": GRADIENTS,
+  "count_over_vmap": {**GRADIENTS, "transforms": ("jit", "vmap")},
+  "second_derivative_by_hand": {"transforms": ("jit",)},
+}
+RIGHT = ("cross_entropy_of_integer_labels", "sum_in_float32")
+
+
+def named(rows, names=None):
+  return [(row.name, row) for row in rows if not names or row.name in names]
+
+
+@pytest.mark.slow
 class PlantedFaultsTest(parameterized.TestCase):
-  @parameterized.named_parameters(
-    (row.name, row) for row in planted_faults.FAULTS
-  )
+  @parameterized.named_parameters(named(planted_faults.FAULTS, FEW))
   def test_fault(self, row):
+    self.check_fault(row, **FEW[row.name])
+
+  @parameterized.named_parameters(named(planted_faults.FAULTS))
+  @pytest.mark.nightly
+  def test_fault_in_full(self, row):
+    self.check_fault(row)
+
+  def check_fault(self, row, **options):
     """Each fault is found, with its clause and its argument."""
-    report = check(row)
+    report = check(row, **options)
     found = [f for f in report.findings if f.clause in row.clause]
     self.assertTrue(found, f"{row.clause} kept: {report.clauses}\n{report}")
-    with self.assertRaises(AssertionError) as raised:
-      testing.assert_mask_safe(
-        row.loss, *row.args, where=row.where, **row.options
-      )
-    message = str(raised.exception)
+    message = str(report)
     self.assertRegex(message, "|".join(f"\n{c}: " for c in row.clause))
     if row.argument is not None:
-      named = [str(f.argument).split("[")[0] for f in found]
-      self.assertIn(row.argument, named + [f.wrt for f in found], message)
+      told = [str(f.argument).split("[")[0] for f in found]
+      self.assertIn(row.argument, told + [f.wrt for f in found], message)
       self.assertIn(f"`{row.argument}", message)
 
-  @parameterized.named_parameters(
-    (row.name, row) for row in planted_faults.CORRECT
-  )
+  @parameterized.named_parameters(named(planted_faults.CORRECT, RIGHT))
   def test_correct(self, row):
+    self.check_correct(row)
+
+  @parameterized.named_parameters(
+    named(
+      planted_faults.CORRECT,
+      {row.name for row in planted_faults.CORRECT} - {*RIGHT},
+    )
+  )
+  @pytest.mark.nightly
+  def test_other_correct(self, row):
+    self.check_correct(row)
+
+  def check_correct(self, row):
     """Nothing is found where nothing is wrong."""
     report = testing.assert_mask_safe(
       row.loss, *row.args, where=row.where, **row.options
@@ -65,6 +106,12 @@ class PlantedFaultsTest(parameterized.TestCase):
     self.assertTrue(report.ok)
     for clause in ("accepts", "invariance", "zero_gradient", "empty"):
       self.assertEqual(report.clauses[clause], "kept", clause)
+
+  def test_few(self):
+    """They break each clause."""
+    faults = {row.name: row.clause for row in planted_faults.FAULTS}
+    clauses = {faults[name][0] for name in FEW}
+    self.assertEqual(clauses, {*testing.CLAUSES})
 
 
 class FindingTest(parameterized.TestCase):
@@ -108,7 +155,17 @@ class FindingTest(parameterized.TestCase):
       f"{report.cases:,} cases",
     ):
       self.assertIn(part, message)
+    with self.assertRaises(AssertionError) as raised:
+      testing.assert_mask_safe(
+        sum_of_squares, values, TARGETS, where=where, masks=("given",)
+      )
+    without_time = [
+      re.sub(r"in [\d.]+ s\b", "", text)
+      for text in (str(raised.exception), message)
+    ]
+    self.assertEqual(*without_time)
 
+  @pytest.mark.slow
   def test_the_operation_of_a_library_is_told_with_the_own_line(self):
     def mean_distance(predictions, targets, where):
       return jnp.mean(jax.nn.relu(optax.log_cosh(predictions, targets)) * where)
@@ -121,11 +178,13 @@ class FindingTest(parameterized.TestCase):
     for source in sources:
       self.assertRegex(source, r"^\S*test_guard\.py:\d+ in \S*mean_distance")
 
+  @pytest.mark.slow
   def test_a_compiled_loss_is_traced(self):
     report = testing.check_mask_safe(
       jax.jit(select_after),
       *map(np.abs, (PREDICTIONS, TARGETS)),
       where=ELEMENTS,
+      **GRADIENTS,
     )
     sources = {f.source for f in report.findings if f.poison}
     self.assertLen(sources, 1)
@@ -135,15 +194,22 @@ class FindingTest(parameterized.TestCase):
   def test_the_same_finding_has_the_same_key(self):
     def keys(seed):
       x, y = (np.abs(planted_faults.normal(seed + i, 4, 5)) for i in (0, 1))
-      report = testing.check_mask_safe(select_after, x, y, where=ELEMENTS)
+      report = testing.check_mask_safe(
+        select_after, x, y, where=ELEMENTS, **GRADIENTS
+      )
       return {f.key for f in report.findings}
 
-    self.assertEqual(keys(1), keys(5))
-    self.assertLen(keys(1), len(keys(1) | keys(5)))
+    first, second = keys(1), keys(5)
+    self.assertNotEmpty(first)
+    self.assertEqual(first, second)
 
+  @pytest.mark.slow
   def test_report_as_data(self):
     report = testing.check_mask_safe(
-      select_after, *map(np.abs, (PREDICTIONS, TARGETS)), where=ELEMENTS
+      select_after,
+      *map(np.abs, (PREDICTIONS, TARGETS)),
+      where=ELEMENTS,
+      **GRADIENTS,
     )
     data = report.to_dict()
     self.assertFalse(data["ok"])
@@ -154,6 +220,7 @@ class FindingTest(parameterized.TestCase):
       self.assertEqual(finding.keys(), fields | {"key"})
 
 
+@pytest.mark.slow
 class OptionsTest(parameterized.TestCase):
   def test_skip(self):
     report = testing.check_mask_safe(
@@ -161,6 +228,7 @@ class OptionsTest(parameterized.TestCase):
       *map(np.abs, (PREDICTIONS, TARGETS)),
       where=ELEMENTS,
       skip=("zero_gradient",),
+      **GRADIENTS,
     )
     self.assertNotIn("zero_gradient", report.clauses)
     self.assertTrue(report.ok)
@@ -183,6 +251,7 @@ class OptionsTest(parameterized.TestCase):
       *map(np.abs, (PREDICTIONS, TARGETS)),
       where=ELEMENTS,
       transforms=(transform,),
+      derivatives=("value", "vjp"),
       samples=2,
     )
     self.assertEqual(report.clauses["zero_gradient"], "broken")
@@ -200,6 +269,7 @@ class OptionsTest(parameterized.TestCase):
         TARGETS,
         where=ELEMENTS,
         dtypes=(dtype,),
+        **GRADIENTS,
       )
       seen.append({f.dtype for f in report.findings})
     self.assertEqual(seen, [set(), set(), set(), {"float16"}])
@@ -207,7 +277,12 @@ class OptionsTest(parameterized.TestCase):
   def test_masks_and_samples(self):
     def cases(**options):
       return testing.assert_mask_safe(
-        masked_square, PREDICTIONS, TARGETS, where=ELEMENTS, **options
+        masked_square,
+        PREDICTIONS,
+        TARGETS,
+        where=ELEMENTS,
+        **GRADIENTS,
+        **options,
       ).cases
 
     self.assertLess(cases(samples=2), cases(samples=8))
@@ -227,7 +302,7 @@ class OptionsTest(parameterized.TestCase):
     def twice(predictions, targets):
       return 2 * (predictions - targets) ** 2
 
-    options = {"where": ELEMENTS, "skip": ()}
+    options = {"where": ELEMENTS, "skip": (), **GRADIENTS}
     for reference, expected in (
       (functools.partial(own, where=None), []),
       (other, ["identity"]),
@@ -247,7 +322,7 @@ class OptionsTest(parameterized.TestCase):
       return jnp.sum(weights * kept**2, -1)
 
     weights = planted_faults.uniform(3, 5)
-    arguments = {"where": ELEMENTS, "skip": ("compaction",)}
+    arguments = {"where": ELEMENTS, "skip": ("compaction",), **GRADIENTS}
     testing.assert_mask_safe(weighted, PREDICTIONS, weights, **arguments)
     report = testing.check_mask_safe(
       weighted, PREDICTIONS, weights, axes={"weights": (1,)}, **arguments
@@ -261,10 +336,11 @@ class OptionsTest(parameterized.TestCase):
       return jnp.sum(jnp.where(where, predictions, 0) ** 2, -1)
 
     square, where = PREDICTIONS[:, :4], np.array([True, False, True, True])
-    report = testing.check_mask_safe(of_features, square, where=where)
+    options = {"where": where, **GRADIENTS}
+    report = testing.check_mask_safe(of_features, square, **options)
     self.assertFalse(report.ok)
     testing.assert_mask_safe(
-      of_features, square, where=where, axes={"where": (1,)}
+      of_features, square, axes={"where": (1,)}, **options
     )
 
   def test_padding_need_not_be_clean(self):
@@ -278,6 +354,7 @@ class OptionsTest(parameterized.TestCase):
       logits,
       labels,
       where=kept,
+      **GRADIENTS,
     )
 
   def test_it_sets_aside_the_debugging_of_its_caller(self):
@@ -291,16 +368,22 @@ class OptionsTest(parameterized.TestCase):
     x, y = (planted_faults.normal(i, 64, 512) for i in (0, 1))
     where = planted_faults.uniform(2, 64) < 0.7
     report = testing.assert_mask_safe(
-      optax.cosine_distance, x, y, where=where, samples=2
+      optax.cosine_distance, x, y, where=where, samples=2, **GRADIENTS
     )
     self.assertTrue(report.ok)
 
 
+@pytest.mark.slow
 class ArgumentsTest(parameterized.TestCase):
   """Losses of many kinds of arguments and results."""
 
+  options = GRADIENTS
+  seeds = range(1)
+
   def clauses(self, loss, *args, where=ELEMENTS, **options):
-    report = testing.check_mask_safe(loss, *args, where=where, **options)
+    report = testing.check_mask_safe(
+      loss, *args, where=where, **{**self.options, **options}
+    )
     return [k for k, v in report.clauses.items() if v == "broken"]
 
   def test_backward_pass_by_hand(self):
@@ -441,7 +524,10 @@ class ArgumentsTest(parameterized.TestCase):
         return jnp.where(where, predictions, 0)
       return predictions * 1.0
 
-    self.assertIn("invariance", self.clauses(unless_traced, PREDICTIONS))
+    found = self.clauses(
+      unless_traced, PREDICTIONS, transforms=("eager", "jit")
+    )
+    self.assertIn("invariance", found)
 
   def test_a_nan_inside_of_a_loop(self):
     def in_order(predictions, where):
@@ -452,7 +538,9 @@ class ArgumentsTest(parameterized.TestCase):
 
       return jax.lax.scan(step, 0.0, (predictions, where))[1]
 
-    report = testing.check_mask_safe(in_order, PREDICTIONS, where=ELEMENTS)
+    report = testing.check_mask_safe(
+      in_order, PREDICTIONS, where=ELEMENTS, **self.options
+    )
     self.assertEqual(report.clauses["clean_arithmetic"], "broken")
     (code,) = {f.code for f in report.findings}
     self.assertStartsWith(code, "mean = ")
@@ -468,6 +556,7 @@ class ArgumentsTest(parameterized.TestCase):
       planted_faults.LOGITS,
       planted_faults.INDEX,
       where=planted_faults.EXAMPLES,
+      **self.options,
     )
     (finding,) = report.findings
     self.assertEqual(finding.argument, "labels")
@@ -489,7 +578,7 @@ class ArgumentsTest(parameterized.TestCase):
 
   def test_cancelling_derivatives(self):
     """What is 0 but for rounding is judged by what is not."""
-    for seed in range(3):
+    for seed in self.seeds:
       x, y = (planted_faults.normal(seed + i, 2, 4, 5) for i in (0, 10))
       where = planted_faults.uniform(seed, 4, 5) < 0.7
       self.assertEqual(
@@ -502,6 +591,14 @@ class ArgumentsTest(parameterized.TestCase):
         ),
         [],
       )
+
+
+@pytest.mark.nightly
+class AllOfArgumentsTest(ArgumentsTest):
+  """With all derivatives and transformations."""
+
+  options: dict = {}  # noqa: RUF012  # Of no instance.
+  seeds = range(3)
 
 
 class UsageTest(parameterized.TestCase):

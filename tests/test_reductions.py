@@ -10,8 +10,10 @@ import microbatches
 import numpy as np
 import optax as upstream
 import padded_model
+import pytest
 from absl.testing import absltest, parameterized
 from cases import (
+  BY_NAME,
   DTYPES,
   NAMED,
   assert_allclose,
@@ -32,6 +34,9 @@ from optax_masking.reductions import (
 from optax_masking.testing import assert_mask_safe
 
 DTYPE = DTYPES[0]
+HALF = ("bfloat16", "float16")
+# One loss of each kind of result: an element, an example, the batch.
+FEW = ("huber_loss", "ntxent", "softmax_cross_entropy_with_integer_labels")
 SHAPE = (2, 3, 4)
 
 
@@ -73,11 +78,26 @@ class MaskTest(parameterized.TestCase):
   """The contract."""
 
   @parameterized.product(
-    axis=(None, 0, -1, (0, 2), (0, 1, 2), ()),
-    weighted=(False, True),
-    dtype=DTYPES,
+    axis=(None, 0, -1, (0, 2), (0, 1, 2), ()), weighted=(False, True)
   )
-  def test_compaction(self, axis, weighted, dtype):
+  def test_compaction(self, axis, weighted):
+    self.check_compaction(axis, weighted, DTYPE)
+
+  @parameterized.product(
+    axis=(None, (0, 2)), weighted=(False, True), dtype=HALF
+  )
+  @pytest.mark.slow
+  def test_compaction_in_half_precision(self, axis, weighted, dtype):
+    self.check_compaction(axis, weighted, dtype)
+
+  @parameterized.product(
+    axis=(0, -1, (0, 1, 2), ()), weighted=(False, True), dtype=HALF
+  )
+  @pytest.mark.nightly
+  def test_compaction_of_other_axes(self, axis, weighted, dtype):
+    self.check_compaction(axis, weighted, dtype)
+
+  def check_compaction(self, axis, weighted, dtype):
     """What is masked, whatever it is, might as well not be there."""
     x, where, weights = data(dtype)
     if not weighted:
@@ -111,18 +131,27 @@ class MaskTest(parameterized.TestCase):
       for gradient in gradients:
         assert_equal(np.asarray(gradient)[~where], 0)
 
-  @parameterized.parameters(masked_sum, masked_mean)
-  def test_guard(self, function):
+  @pytest.mark.slow
+  def test_guard(self):
+    self.check_guard(masked_mean, -1)
+
+  @parameterized.product(
+    function=(masked_sum, masked_mean), axis=(None, -1, (0, 1))
+  )
+  @pytest.mark.nightly
+  def test_guard_of_others(self, function, axis):
+    self.check_guard(function, axis)
+
+  def check_guard(self, function, axis):
     """Invariance, zero gradients, Hessians and clean arithmetic, for anyone."""
     x, where, weights = data()
-    for axis in (None, -1, (0, 1)):
-      reduced = functools.partial(function, axis=axis)
-      assert_mask_safe(reduced, x[0], where=where[0])
+    reduced = functools.partial(function, axis=axis)
+    assert_mask_safe(reduced, x[0], where=where[0])
 
-      def weighted(values, weights, where, reduced=reduced):
-        return reduced(values, where, weights=weights)
+    def weighted(values, weights, where):
+      return reduced(values, where, weights=weights)
 
-      assert_mask_safe(weighted, x[0], abs(weights[0]), where=where[0])
+    assert_mask_safe(weighted, x[0], abs(weights[0]), where=where[0])
 
   def test_debug_nans(self):
     """Nothing left, and with weights of 0."""
@@ -153,6 +182,7 @@ class MaskTest(parameterized.TestCase):
       assert_equal(slope, 4 * rows)
       assert_equal(masked_mean(ones, False, weights=nan), 0)
 
+  @pytest.mark.slow
   def test_second_derivatives(self):
     """With respect to weights: -(x_i + x_j - 2 m) / W^2."""
     x, where, weights = data()
@@ -164,9 +194,11 @@ class MaskTest(parameterized.TestCase):
       lambda f: jax.jacfwd(jax.grad(f)),
       lambda f: jax.jacrev(jax.grad(f)),
     ):
-      got = hessian(
-        lambda w: masked_mean(
-          jnp.where(where, x, jnp.nan), where, weights=w.reshape(SHAPE)
+      got = jax.jit(
+        hessian(
+          lambda w: masked_mean(
+            jnp.where(where, x, jnp.nan), where, weights=w.reshape(SHAPE)
+          )
         )
       )(weights.ravel())
       assert_close(got, expected, DTYPE)
@@ -221,8 +253,19 @@ class MaskTest(parameterized.TestCase):
     got = masked_mean(jnp.zeros(SHAPE), where, (1, 2), weights=weights)
     np.testing.assert_array_equal(jnp.isnan(got), [False, True])
 
-  @parameterized.named_parameters(NAMED)
+  @parameterized.parameters(*FEW)
+  @pytest.mark.slow
+  def test_of_few_losses(self, name):
+    self.check_of_loss(BY_NAME[name])
+
+  @parameterized.named_parameters(
+    (name, case) for name, case in NAMED if name not in FEW
+  )
+  @pytest.mark.nightly
   def test_of_losses(self, case):
+    self.check_of_loss(case)
+
+  def check_of_loss(self, case):
     """The mean of the losses of rows, of which some are garbage."""
     arguments = case.arguments(DTYPE)
     where = np.ones(case.shape, bool)
@@ -474,6 +517,7 @@ class MappedAxisTest(parameterized.TestCase):
     got = jax.vmap(jax.vmap(run, axis_name="a"), axis_name="b")(x, where)
     assert_close(got, jnp.full((2, 3), masked_mean(x, where)), DTYPE)
 
+  @pytest.mark.slow
   def test_derivatives(self):
     """From outside, in forward mode, and averaged inside."""
     x, where = self.x, self.where
@@ -488,8 +532,8 @@ class MappedAxisTest(parameterized.TestCase):
     over_rows = functools.partial(
       jax.vmap, in_axes=(None, 0, 0), axis_name="rows"
     )
-    expected = jax.grad(loss)(0.7, x, where)
-    second = jax.hessian(loss)(0.7, x, where)
+    expected = jax.jit(jax.grad(loss))(0.7, x, where)
+    second = jax.jit(jax.hessian(loss))(0.7, x, where)
 
     def averaged(scale, x, where):
       return jax.lax.pmean(jax.grad(mapped)(scale, x, where), "rows")
@@ -498,14 +542,14 @@ class MappedAxisTest(parameterized.TestCase):
       return jax.jvp(lambda s: mapped(s, x, where), (scale,), (1.0,))[1]
 
     for inside in (averaged, forward):
-      got = over_rows(inside)(0.7, x, where)
+      got = jax.jit(over_rows(inside))(0.7, x, where)
       assert_close(got, jnp.full(6, expected), DTYPE)
-      got = jax.jacfwd(over_rows(inside))(0.7, x, where)
+      got = jax.jit(jax.jacfwd(over_rows(inside)))(0.7, x, where)
       assert_close(got, jnp.full(6, second), DTYPE, roundings=64)
     for take in (lambda out: out[3], jnp.mean):
       outside = lambda s, take=take: take(over_rows(mapped)(s, x, where))  # noqa: E731
-      assert_close(jax.grad(outside)(0.7), expected, DTYPE)
-      assert_close(jax.jacfwd(outside)(0.7), expected, DTYPE)
+      assert_close(jax.jit(jax.grad(outside))(0.7), expected, DTYPE)
+      assert_close(jax.jit(jax.jacfwd(outside))(0.7), expected, DTYPE)
 
   def test_denominator(self):
     """Each gives its part of what to divide by."""
@@ -518,6 +562,7 @@ class MappedAxisTest(parameterized.TestCase):
       assert_close(got, jnp.full(6, expected), DTYPE)
 
 
+@pytest.mark.slow
 class MicrobatchesTest(parameterized.TestCase):
   """The ways of the example, for a small model."""
 
@@ -530,18 +575,24 @@ class MicrobatchesTest(parameterized.TestCase):
       return masked_sum(*terms), masked_count(*terms)
 
     loss = padded_model.mean_loss
-    expected = jax.grad(loss)(params, batch)
+    expected = jax.jit(jax.grad(loss))(params, batch)
     self.assertGreater(jnp.linalg.norm(expected), 0.1)
     count = masked_count(*padded_model.losses(params, batch))
-    given = (loss, params, batch)
-    for got in (
-      microbatches.with_scan(*given, count, k),
-      microbatches.with_microbatching(*given, count, k),
-      microbatches.with_multi_steps(*given, count, k),
-      microbatches.with_sums(summed, params, batch, k),
-    ):
+
+    @jax.jit
+    def all_ways(params, batch, count):
+      given = (loss, params, batch)
+      return (
+        microbatches.with_scan(*given, count, k),
+        microbatches.with_microbatching(*given, count, k),
+        microbatches.with_multi_steps(*given, count, k),
+        microbatches.with_sums(summed, params, batch, k),
+        microbatches.with_mean_of_means(*given, k),
+      )
+
+    *right, wrong = all_ways(params, batch, count)
+    for got in right:
       self.assertLess(microbatches.distance(got, expected), 1e-6)
-    wrong = microbatches.with_mean_of_means(*given, k)
     if k > 1:
       self.assertGreater(microbatches.distance(wrong, expected), 0.05)
 
