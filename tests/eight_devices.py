@@ -16,12 +16,23 @@ import jax.numpy as jnp
 import microbatches
 import numpy as np
 import padded_model
+import pytest
 from absl.testing import absltest, parameterized
-from cases import NAMED, assert_close, masks, row_masks
+from cases import BY_NAME, NAMED, assert_close, masks, row_masks
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from test_transforms import shard_map
 
 from optax_masking.reductions import RunningMean, masked_count, masked_mean
+
+# One loss of each mechanism: number fills, functions as fills, the batch, and
+# formulas. The long recursion of CTC is left to the night.
+FEW = {
+  "huber_loss",
+  "multiclass_hinge_loss",
+  "ntxent",
+  "softmax_cross_entropy_with_integer_labels",
+}
+OTHERS = [(name, case) for name, case in NAMED if name not in FEW]
 
 EXAMPLES = 32
 CLASSES = 24
@@ -86,12 +97,19 @@ def largest_collective(text):
 
 
 class LossesTest(parameterized.TestCase):
+  @parameterized.product(name=sorted(FEW), explicit=(False, True), axis=(0, -1))
+  def test_sharded(self, name, explicit, axis):
+    self.check_sharded(BY_NAME[name], explicit, axis)
+
   @parameterized.product(
-    name_and_case=NAMED, explicit=(False, True), axis=(0, -1)
+    name_and_case=OTHERS, explicit=(False, True), axis=(0, -1)
   )
-  def test_sharded(self, name_and_case, explicit, axis):
+  @pytest.mark.nightly
+  def test_others_sharded(self, name_and_case, explicit, axis):
+    self.check_sharded(name_and_case[1], explicit, axis)
+
+  def check_sharded(self, case, explicit, axis):
     """The same numbers, and no more is exchanged than a number an example."""
-    _, case = name_and_case
     if axis == -1 and case.elementwise:
       self.skipTest("It has no axis of classes.")
     mesh = Mesh(np.array(jax.devices()), ("devices",))
@@ -129,8 +147,16 @@ class LossesTest(parameterized.TestCase):
       self.assertLessEqual(largest, limit)
     self.check(got, on_one_device(case))
 
-  @parameterized.named_parameters(NAMED)
-  def test_shard_map(self, case):
+  @parameterized.parameters(sorted(FEW))
+  def test_shard_map(self, name):
+    self.check_shard_map(BY_NAME[name])
+
+  @parameterized.named_parameters(OTHERS)
+  @pytest.mark.nightly
+  def test_others_shard_map(self, case):
+    self.check_shard_map(case)
+
+  def check_shard_map(self, case):
     """Each device has the losses of its examples, and asks no other."""
     parts = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), data(case))
     expected = jax.vmap(masked(case))(*parts)
@@ -244,8 +270,16 @@ class MeansTest(parameterized.TestCase):
     jax.tree.map(self.check, got, expected)
     self.assertLessEqual(largest_collective(program.as_text()), 24)
 
-  @parameterized.product(count=(1, 2, 4, 8), check_vma=(True, False))
+  @parameterized.parameters((8, True), (2, False))
   def test_shard_map(self, count, check_vma):
+    self.check_shard_map(count, check_vma)
+
+  @parameterized.product(count=(1, 2, 4, 8), check_vma=(True, False))
+  @pytest.mark.nightly
+  def test_shard_map_of_counts(self, count, check_vma):
+    self.check_shard_map(count, check_vma)
+
+  def check_shard_map(self, count, check_vma):
     mesh = self.mesh(count)
 
     def mapped(function):
@@ -333,8 +367,15 @@ class MeansTest(parameterized.TestCase):
       )
       self.check(jax.jit(mapped)(*terms), self.value)
 
-  @parameterized.parameters(1, 2, 4, 8)
-  def test_pmap(self, count):
+  def test_pmap(self):
+    self.check_pmap(8)
+
+  @parameterized.parameters(1, 2, 4)
+  @pytest.mark.nightly
+  def test_pmap_of_counts(self, count):
+    self.check_pmap(count)
+
+  def check_pmap(self, count):
     parts = self.batch.reshape(count, -1, *self.batch.shape[1:])
     mapped = functools.partial(
       jax.pmap,
@@ -351,8 +392,16 @@ class MeansTest(parameterized.TestCase):
     outside = jax.grad(lambda params: mapped(self.loss)(params, parts)[0])
     self.check(outside(self.params), self.gradient)
 
-  @parameterized.product(count=(1, 2, 4, 8), k=(1, 3, 8))
+  @parameterized.parameters((8, 3), (1, 8))
   def test_microbatches(self, count, k):
+    self.check_microbatches(count, k)
+
+  @parameterized.product(count=(1, 2, 4, 8), k=(1, 3, 8))
+  @pytest.mark.nightly
+  def test_microbatches_of_counts(self, count, k):
+    self.check_microbatches(count, k)
+
+  def check_microbatches(self, count, k):
     """On each device, with its own count of all of its microbatches."""
 
     def accumulated(params, batch):

@@ -1,5 +1,6 @@
 """The command `optax-masking audit`, and what it finds in Optax."""
 
+import functools
 import importlib.metadata
 import io
 import json
@@ -81,6 +82,11 @@ def findings(*arguments):
   return {name: report["findings"] for name, report in losses.items()}
 
 
+@functools.cache
+def audit_of_optax(name, *options):
+  return findings(*options, "optax", "--loss", name)[name]
+
+
 class AuditTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -97,6 +103,7 @@ class AuditTest(parameterized.TestCase):
   def audit(self, *arguments):
     return run("audit", "--quick", *arguments)
 
+  @pytest.mark.slow
   def test_status(self):
     status, output, _ = self.audit("some_losses:right")
     self.assertEqual(status, 0, output)
@@ -138,11 +145,13 @@ class AuditTest(parameterized.TestCase):
   @parameterized.parameters(
     ("some_losses:labelled", "labelled"), ("some_losses:made", "of_three_axes")
   )
+  @pytest.mark.slow
   def test_targets_of_ones_own(self, target, name):
     status, output, _ = self.audit(target)
     self.assertIn(f"{name} ", output)
     self.assertEqual(status, 0, output)
 
+  @pytest.mark.slow
   def test_cases(self):
     status, output, _ = self.audit("some_losses:cases", "--format", "json")
     (losses,) = json.loads(output)["targets"].values()
@@ -150,6 +159,7 @@ class AuditTest(parameterized.TestCase):
     self.assertNotIn("zero_gradient", losses["left out"]["clauses"])
     self.assertEqual(status, 0, output)
 
+  @pytest.mark.slow
   def test_baseline(self):
     arguments = ("some_losses:wrong", "--baseline", "known.json")
     status, *_ = self.audit(*arguments, "--update-baseline")
@@ -193,6 +203,7 @@ class AuditTest(parameterized.TestCase):
     _, output, _ = self.audit(*arguments)
     self.assertIn(gone, output.replace("\n", ""))
 
+  @pytest.mark.slow
   def test_formats_and_files(self):
     also = [f"--also={f}={f}.out" for f in ("markdown", "github", "html")]
     status, output, _ = self.audit(
@@ -209,6 +220,7 @@ class AuditTest(parameterized.TestCase):
       self.assertIn(text, content)
       self.assertNotIn("\x1b", content)
 
+  @pytest.mark.slow
   def test_progress(self):
     """On a terminal, in one line that is gone in the end."""
     errors = io.StringIO()
@@ -221,6 +233,7 @@ class AuditTest(parameterized.TestCase):
     self.assertNotIn("\n", told)
     self.assertTrue(told.endswith("\r\x1b[K"))
 
+  @pytest.mark.slow
   def test_output_that_has_no_unicode(self):
     raw = io.BytesIO()
     with redirect_stdout(io.TextIOWrapper(raw, encoding="ascii")) as output:
@@ -229,8 +242,11 @@ class AuditTest(parameterized.TestCase):
     self.assertIn(b"zero_gradient", raw.getvalue())
 
 
+@pytest.mark.slow
 class OptaxTest(parameterized.TestCase):
-  """What is known to go wrong in Optax is found."""
+  """What is known to go wrong in Optax is found, in a quick audit too."""
+
+  options: tuple[str, ...] = ("--quick",)
 
   def setUp(self):
     super().setUp()
@@ -247,21 +263,23 @@ class OptaxTest(parameterized.TestCase):
       for finding in self.of_optax(name)
     )
 
-  def of_optax(self, name, known={}):  # noqa: B006  # Each is made once.
-    if name not in known:
-      known[name] = findings("optax", "--loss", name)[name]
-    return known[name]
+  def of_optax(self, name):
+    return audit_of_optax(name, *self.options)
 
-  @parameterized.parameters("softmax_cross_entropy", "poly_loss_cross_entropy")
-  def test_gradient_of_labels_on_clean_data(self, name):
+  def test_gradient_of_labels_on_clean_data(self):
+    self.check_gradient_of_labels("softmax_cross_entropy")
+
+  def check_gradient_of_labels(self, name):
     self.assertTrue(
       self.found(
         name, clause="zero_gradient", wrt="labels", poison=None, got="nan"
       )
     )
 
-  @parameterized.parameters("kl_divergence", "generalized_kl_divergence")
-  def test_targets(self, name):
+  def test_targets(self):
+    self.check_targets("kl_divergence")
+
+  def check_targets(self, name):
     self.assertTrue(
       self.found(name, clause="zero_gradient", argument="targets", got="nan")
     )
@@ -277,8 +295,10 @@ class OptaxTest(parameterized.TestCase):
         )
       )
 
-  @parameterized.parameters("cosine_similarity", "cosine_distance")
-  def test_cosine(self, name):
+  def test_cosine(self):
+    self.check_cosine("cosine_distance")
+
+  def check_cosine(self, name):
     self.assertTrue(
       self.found(name, clause="invariance", derivative="vjp", got="nan"),
       "garbage makes the unmasked gradients NaN",
@@ -300,17 +320,18 @@ class OptaxTest(parameterized.TestCase):
     self.assertTrue(self.found("smooth_labels", clause="empty"))
     self.assertTrue(self.found("smooth_labels", clause="clean_arithmetic"))
 
-  @parameterized.parameters(
-    "kl_divergence",
-    "kl_divergence_with_log_targets",
-    "generalized_kl_divergence",
-    "cosine_similarity",
-    "cosine_distance",
-  )
-  def test_masks_of_examples(self, name):
-    self.assertTrue(self.found(name, clause="accepts"), "if B is not C")
-    self.assertTrue(
-      self.found(name, clause="compaction", derivative="value"), "if B is C"
+  def test_masks_of_examples(self):
+    """Which a quick audit leaves out."""
+    self.check_masks_of_examples("kl_divergence")
+
+  def check_masks_of_examples(self, name):
+    found = audit_of_optax(name)
+    clauses = {finding["clause"] for finding in found}
+    self.assertIn("accepts", clauses, "if B is not C")
+    self.assertIn(
+      ("compaction", "value"),
+      {(finding["clause"], finding["derivative"]) for finding in found},
+      "if B is C",
     )
 
   def test_a_mask_of_examples_along_the_second_axis(self):
@@ -324,16 +345,56 @@ class OptaxTest(parameterized.TestCase):
     self.assertTrue(self.found("squared_error", clause="accepts"))
 
 
+@pytest.mark.nightly
+class FullOptaxTest(OptaxTest):
+  options = ()
+
+  def test_other_losses(self):
+    self.check_gradient_of_labels("poly_loss_cross_entropy")
+    self.check_targets("generalized_kl_divergence")
+    self.check_cosine("cosine_similarity")
+
+  @parameterized.parameters(
+    "kl_divergence_with_log_targets",
+    "generalized_kl_divergence",
+    "cosine_similarity",
+    "cosine_distance",
+  )
+  def test_masks_of_examples_in(self, name):
+    self.check_masks_of_examples(name)
+
+
+# One of each mechanism of which an audit takes seconds: number fills, functions
+# as fills, formulas and classes.
+FEW = (
+  "cosine_distance",
+  "huber_loss",
+  "multiclass_hinge_loss",
+  "safe_softmax_cross_entropy",
+  "softmax_cross_entropy_with_integer_labels",
+)
+
+
 @pytest.mark.filterwarnings("ignore:The function convex_kl_divergence")
 class OwnTest(parameterized.TestCase):
-  @parameterized.named_parameters((name, name) for name in MASKED)
-  def test_nothing_is_found(self, name):
-    """No false alarm, and no alarm, in the losses of this package.
+  """No false alarm, and no alarm, in the losses of this package.
 
-    In full they are audited every night.
-    """
+  In full they are audited every night.
+  """
+
+  def check(self, name):
     (found,) = findings("--quick", "optax_masking", "--loss", name).values()
     self.assertEqual(found, [])
+
+  @parameterized.parameters(*FEW)
+  @pytest.mark.slow
+  def test_nothing_is_found(self, name):
+    self.check(name)
+
+  @parameterized.parameters(sorted({*MASKED} - {*FEW}))
+  @pytest.mark.nightly
+  def test_nothing_is_found_in_others(self, name):
+    self.check(name)
 
   def test_every_loss_is_audited(self):
     _, _, errors = run("audit", "optax_masking", "--loss", "nothing")

@@ -1,5 +1,6 @@
 """What the documentation says is so."""
 
+import ast
 import doctest
 import inspect
 import pathlib
@@ -34,6 +35,7 @@ def run_examples(text, name):
   assert runner.failures == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX is too old.")
 def test_readme():
   """Every block of Python runs, in order, and prints what it says."""
@@ -42,19 +44,43 @@ def test_readme():
   run_examples("\n".join(blocks), "README.md")
 
 
+@pytest.mark.slow
 def test_readme_file_of_tests(tmp_path):
   """The one to be copied passes, and fails if its loss forgets the mask."""
   (text,) = re.findall(r"```python\n(# test_masks.py\n.*?)```", README, re.S)
   masked = "jnp.where(where, predictions - targets, 0)"
   assert masked in text
-  for error, status in ((masked, 0), ("(predictions - targets) * where", 1)):
-    (tmp_path / "test_masks.py").write_text(text.replace(masked, error))
-    command = [sys.executable, "-m", "pytest", "-q", "test_masks.py"]
-    result = subprocess.run(
-      command, cwd=tmp_path, capture_output=True, text=True
+  wrong = text.replace(masked, "(predictions - targets) * where")
+  (tmp_path / "test_masks.py").write_text(text)
+  (tmp_path / "test_wrong.py").write_text(wrong)
+  command = [sys.executable, "-m", "pytest", "-rA", "--tb=line"]
+  result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+  passed, failed = (
+    re.findall(rf"(?m)^{outcome} (\w+)\.py::", result.stdout)
+    for outcome in ("PASSED", "FAILED")
+  )
+  assert passed == ["test_masks"], result.stdout
+  assert failed == ["test_wrong"], result.stdout
+  assert result.stdout.count("mean_squared_error breaks") >= 1
+
+
+def test_every_test_is_one():
+  """None is inside of another function, where pytest does not look."""
+  for file in sorted((ROOT / "tests").glob("*.py")):
+    functions = (
+      node
+      for node in ast.walk(ast.parse(file.read_text()))
+      if isinstance(node, ast.FunctionDef)
     )
-    assert result.returncode == status, result.stdout
-    assert ("mean_squared_error breaks" in result.stdout) == bool(status)
+    hidden = [
+      inner.name
+      for function in functions
+      for inner in ast.walk(function)
+      if isinstance(inner, ast.FunctionDef | ast.ClassDef)
+      and inner is not function
+      and inner.name.lower().startswith("test")
+    ]
+    assert not hidden, (file.name, hidden)
 
 
 def test_workflows():

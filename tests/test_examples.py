@@ -27,18 +27,19 @@ def run(name, *arguments, status=0, **environment):
 @pytest.mark.slow
 def test_padded_text():
   """Few steps: the loss falls, and the gradients are what they should be."""
-  output = run("padded_text.py", "--steps", "60")
+  output = run("padded_text.py", "--steps", "20")
   assert "where=mask" in output
   assert "NaN in" in output
 
 
+@pytest.mark.slow
 def test_missing_targets():
   output = run("missing_targets.py")
   assert "59 of them were not measured" in output
   assert "NaN in 10 of 10 entries" in output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # Its ways are those of `test_reductions.py`.
 def test_microbatches():
   output = run("microbatches.py")
   assert "in 8 microbatches, of 0, " in output
@@ -56,6 +57,7 @@ class TestMultiHost:
     assert len(rows) == 8
     assert rows[-1] == ("0", "50")
 
+  @pytest.mark.nightly
   def test_host_that_dies(self):
     output = run("multi_host.py", "--die-at", "2", status=1)
     assert "error: host 1 was killed by SIGKILL" in output

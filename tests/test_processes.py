@@ -44,24 +44,37 @@ def test_float64():
   run_pytest("test_losses.py", "test_reductions.py", JAX_ENABLE_X64="1")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="JAX is too old.")
-def test_eight_devices():
-  run_pytest("eight_devices.py", DEVICES="8")
+@pytest.mark.parametrize(
+  "marked",
+  [
+    pytest.param("not nightly", marks=pytest.mark.slow),
+    pytest.param("nightly", marks=pytest.mark.nightly),
+  ],
+)
+def test_eight_devices(marked):
+  run_pytest("eight_devices.py", "-m", marked, DEVICES="8")
 
 
-@pytest.mark.slow
-def test_optax_with_masked_losses():
+@pytest.mark.parametrize(
+  "module",
+  [
+    pytest.param("optax.losses._smoothing_test", marks=pytest.mark.slow),
+    pytest.param("optax.losses", marks=pytest.mark.nightly),
+  ],
+)
+def test_optax_with_masked_losses(module):
   """Optax's own tests of its losses, with the masked ones in their place.
 
   And the one of its other tests that uses a loss, where its data are installed.
   """
   masked = ("-p", "masked_optax", "-W", "ignore", "--pyargs")
-  run_pytest(*masked, "optax.losses")
-  if importlib.util.find_spec("sklearn"):
+  run_pytest(*masked, module)
+  if module == "optax.losses" and importlib.util.find_spec("sklearn"):
     run_pytest(*masked, "optax._src.alias_test", "-k", "multiclass_logreg")
 
 
+@pytest.mark.slow
 def test_typed_program():
   """What the type checker accepts also runs."""
   subprocess.run([sys.executable, TESTS / "typed_program.py"], check=True)
