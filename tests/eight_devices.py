@@ -27,7 +27,7 @@ from optax_masking.reductions import RunningMean, masked_count, masked_mean
 # One loss of each mechanism: number fills, functions as fills, the batch, and
 # formulas. The long recursion of CTC is left to the night.
 FEW = {
-  "huber_loss",
+  "kl_divergence",
   "multiclass_hinge_loss",
   "ntxent",
   "softmax_cross_entropy_with_integer_labels",
@@ -58,7 +58,7 @@ def data(case):
 
 def losses_and_gradients(loss, case):
   """A function of arguments and masks: one program for all masks."""
-  count = len(case.floating())
+  count = len(case.floating)
 
   def with_mask(arguments, where):
     def total(*floats):

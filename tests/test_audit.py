@@ -368,7 +368,7 @@ class FullOptaxTest(OptaxTest):
 # as fills, formulas and classes.
 FEW = (
   "cosine_distance",
-  "huber_loss",
+  "kl_divergence",
   "multiclass_hinge_loss",
   "safe_softmax_cross_entropy",
   "softmax_cross_entropy_with_integer_labels",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax as upstream
+import pytest
 from absl.testing import absltest, parameterized
 from cases import DTYPES, assert_allclose, assert_close, assert_equal
 
@@ -58,6 +59,7 @@ class HandWorkedTest(parameterized.TestCase):
     assert_allclose(jnp.exp(blank[-1, 0, 1]), 3 / 4, rtol=1e-6)
 
 
+@pytest.mark.slow
 class FramesTest(parameterized.TestCase):
   def test_mask_is_padding(self):
     """All three outputs are those of Optax with the frames as padding."""
@@ -153,6 +155,7 @@ class FramesTest(parameterized.TestCase):
     self.assertTrue(all(jnp.all(jnp.isfinite(x)) for x in log_probs))
 
 
+@pytest.mark.slow
 class LabelsTest(parameterized.TestCase):
   def test_padding_holds_any_integer(self):
     """Also the last label, with which Optax compares it."""
@@ -202,6 +205,7 @@ class LabelsTest(parameterized.TestCase):
     assert_close(losses(LOGITS)[1] / 1e5, 1, "bfloat16")
 
 
+@pytest.mark.slow
 class ClassesTest(parameterized.TestCase):
   def test_class_masked_everywhere(self):
     """As if there were four classes."""
@@ -261,6 +265,7 @@ class ClassesTest(parameterized.TestCase):
     )
 
 
+@pytest.mark.slow
 class CostsTest(parameterized.TestCase):
   """What costs more than the stand-in for minus infinity, as documented."""
 
@@ -298,6 +303,7 @@ class CostsTest(parameterized.TestCase):
     )(jnp.asarray(logits, DTYPES[0]))
 
 
+@pytest.mark.slow
 class ArgumentsTest(parameterized.TestCase):
   def test_what_optax_refuses(self):
     for arguments in (

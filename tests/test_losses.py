@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax as upstream
+import pytest
 from absl.testing import absltest, parameterized
 from cases import (
   BY_NAME,
@@ -193,6 +194,7 @@ class HandWorkedTest(parameterized.TestCase):
     assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 class LabelsTest(parameterized.TestCase):
   @parameterized.product(dtype=DTYPES, axis=(-1, 0, (0, 1), (1, 0)))
   def test_integer_labels_are_one_hot_labels(self, dtype, axis):
@@ -287,6 +289,7 @@ class LabelsTest(parameterized.TestCase):
       assert_close(got, expected, DTYPES[0])
 
 
+@pytest.mark.slow
 class BroadcastTest(parameterized.TestCase):
   """Each example has a mask of its own, whatever it shares with the others."""
 
@@ -342,6 +345,7 @@ class BroadcastTest(parameterized.TestCase):
     )
 
 
+@pytest.mark.slow
 class FormulasTest(parameterized.TestCase):
   """Losses that do not call Optax under a mask."""
 
@@ -357,7 +361,7 @@ class FormulasTest(parameterized.TestCase):
     """They are Optax's where nothing is masked, those of labels among them."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 2, 3))
-    if name.endswith("integer_labels"):
+    if BY_NAME[name].has_classes:
       y = np.array([1, 2])
     x, y = jnp.asarray(x), jnp.asarray(y)
     original = getattr(upstream.losses, name)
@@ -391,6 +395,7 @@ class FormulasTest(parameterized.TestCase):
     assert_allclose(gradient, [[0, 0, 0], [-0.5, 0.5, 0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 class ConfidentTest(parameterized.TestCase):
   """Small derivatives, of what is certain: none is a difference of large ones.
 
@@ -434,13 +439,14 @@ class ConfidentTest(parameterized.TestCase):
     assert_allclose(third, exact, **limit)
 
 
+@pytest.mark.slow
 class OperationsTest(parameterized.TestCase):
   """With `jax_disable_jit` each operation is run, and looked at, by itself."""
 
   def functions(self, case):
     """Of the floating arguments: sums of losses under masks, and garbage."""
     clean = case.arguments(DTYPES[0])
-    floats = case.floating()
+    floats = case.floating
     row = row_masks(case.shape)["some rows masked"]
     for where in (masks(case.shape)["random"], row, False):
       kept = np.broadcast_to(where, case.shape)
@@ -503,6 +509,7 @@ class OperationsTest(parameterized.TestCase):
           case.loss(x, *others, where=where)
 
 
+@pytest.mark.slow
 class TaylorTest(parameterized.TestCase):
   """The Taylor mode of JAX, for the losses of which it is promised."""
 
@@ -569,6 +576,7 @@ class TaylorTest(parameterized.TestCase):
       jet.jet(lambda x: total(x, where=where), (x,), ([x],))
 
 
+@pytest.mark.slow
 class ExtremesTest(parameterized.TestCase):
   @parameterized.parameters([(dtype,) for dtype in DTYPES])
   def test_logits(self, dtype):
@@ -699,6 +707,7 @@ class ExtremesTest(parameterized.TestCase):
         assert_equal(gradient, 0)
 
 
+@pytest.mark.slow
 class ParametersTest(parameterized.TestCase):
   """Arrays that parametrize a loss are masked with the data."""
 
@@ -812,6 +821,7 @@ class ParametersTest(parameterized.TestCase):
       assert_allclose(got, sum(expected), rtol=1e-6)
 
 
+@pytest.mark.slow
 class HardLabelsTest(parameterized.TestCase):
   @parameterized.parameters("float32", "int32", "bool")
   def test_sigmoid_focal_loss(self, dtype):
@@ -846,6 +856,7 @@ class HardLabelsTest(parameterized.TestCase):
       assert_equal(g.at[inside].set(0), 0)  # What is masked has no part.
 
 
+@pytest.mark.slow
 class NoTargetsTest(parameterized.TestCase):
   @parameterized.parameters(
     "squared_error", "l2_loss", "huber_loss", "log_cosh"
@@ -894,6 +905,7 @@ class NoTargetsTest(parameterized.TestCase):
       assert_close(loss(x, y[0], where=where), expected, DTYPES[0])
 
 
+@pytest.mark.slow
 class SafeSoftmaxTest(parameterized.TestCase):
   """0 log 0 = 0 in what is included, next to garbage in what is not."""
 
@@ -931,6 +943,7 @@ class SafeSoftmaxTest(parameterized.TestCase):
     )
 
 
+@pytest.mark.slow
 class ScoresTest(parameterized.TestCase):
   """Maxima and projections of scores of any size."""
 
@@ -1054,6 +1067,7 @@ def sparsemax_conjugate(scores):
     self.assertEqual(str(errors[0]), str(errors[1]))
 
 
+@pytest.mark.slow
 class FenchelYoungTest(parameterized.TestCase):
   @parameterized.product(
     max_fun=(jax.nn.logsumexp, sparsemax_conjugate, jnp.max),
@@ -1090,6 +1104,7 @@ class FenchelYoungTest(parameterized.TestCase):
         assert_equal(gradient[~where], 0)
 
 
+@pytest.mark.slow
 class SmoothLabelsTest(parameterized.TestCase):
   @parameterized.parameters(-1, 0, None, ((0, 1),))
   def test_axis(self, axis):

@@ -10,6 +10,15 @@ import jax
 import pytest
 
 TESTS = pathlib.Path(__file__).parent
+OF_A_PROPERTY = (
+  "test_invariance.py",
+  "test_zero_gradient.py",
+  "test_compaction.py",
+  "test_empty.py",
+  "test_identity.py",
+  "test_honesty.py",
+  "test_accuracy.py",
+)
 
 
 def run_pytest(*arguments, **environment):
@@ -36,12 +45,7 @@ def run_pytest(*arguments, **environment):
 @pytest.mark.slow
 def test_float64():
   """The contract in float64, which JAX has only where it starts with it."""
-  run_pytest(
-    *("test_contract.py", "test_transforms.py"),
-    *("-k", "float64 or with_jit or test_derivatives"),
-    JAX_ENABLE_X64="1",
-  )
-  run_pytest("test_losses.py", "test_reductions.py", JAX_ENABLE_X64="1")
+  run_pytest(*OF_A_PROPERTY, "test_losses.py", JAX_ENABLE_X64="1")
 
 
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="JAX is too old.")

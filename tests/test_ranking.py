@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax as upstream
+import pytest
 from absl.testing import absltest, parameterized
 from cases import assert_allclose, assert_equal
 
@@ -47,6 +48,7 @@ def of_lists(where):
   return losses
 
 
+@pytest.mark.slow
 class ReductionTest(parameterized.TestCase):
   @parameterized.parameters([(f,) for f in REDUCTIONS])
   def test_reductions(self, reduce_fn):

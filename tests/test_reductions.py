@@ -271,7 +271,7 @@ class MaskTest(parameterized.TestCase):
     where = np.ones(case.shape, bool)
     where[1::2] = False
     rows = where.any(tuple(range(1, where.ndim)))
-    count = len(case.floating())
+    count = len(case.floating)
 
     def mean(*floats):
       loss = case.loss(*floats, *arguments[count:], where=where)
@@ -279,7 +279,9 @@ class MaskTest(parameterized.TestCase):
       return masked_mean(loss, mask if loss.ndim else True)
 
     def mean_of_kept(*floats):
-      if case.whole:  # Of which rows can't be taken out one by one.
+      if (
+        not case.slices or case.keeps_shape
+      ):  # Of which rows can't be taken out one by one.
         loss = case.loss(*floats, *arguments[count:], where=where)
         return loss[rows].mean() if loss.ndim else loss
       return case.original(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax as upstream
+import pytest
 from absl.testing import absltest, parameterized
 from cases import assert_allclose, assert_equal
 
@@ -63,6 +64,7 @@ class HandWorkedTest(parameterized.TestCase):
     assert_allclose(got, [1 / 5], rtol=1e-6)
 
 
+@pytest.mark.slow
 class PixelsTest(parameterized.TestCase):
   """A mask of pixels gives Optax's loss of the pixels that are left."""
 
@@ -148,6 +150,7 @@ class PixelsTest(parameterized.TestCase):
       assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 class ClassesTest(parameterized.TestCase):
   @parameterized.product(
     apply_softmax=(True, False), reduction=("mean", "sum", "none")
@@ -192,6 +195,7 @@ class ClassesTest(parameterized.TestCase):
     assert_allclose(mean, per_class.sum(-1) / np.array([3, 4]), rtol=1e-6)
 
 
+@pytest.mark.slow
 class EmptyTest(parameterized.TestCase):
   @parameterized.parameters(
     "dice_loss", "multiclass_generalized_dice_loss", "binary_dice_loss"
@@ -242,6 +246,7 @@ class EmptyTest(parameterized.TestCase):
       self.assertEqual(gradient[2], 0)
 
 
+@pytest.mark.slow
 class ArgumentsTest(parameterized.TestCase):
   @parameterized.parameters(1, -2, ((1, 2),), ((-3, -2),), ((0, 1, 2),))
   def test_axis(self, axis):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax as upstream
+import pytest
 from absl.testing import absltest, parameterized
 from cases import DTYPES, assert_allclose, assert_close, assert_equal
 
@@ -17,6 +18,7 @@ EMBEDDINGS = RNG.normal(size=(7, 3)).astype("float32")
 LABELS = np.array([0, 0, 1, 1, 2, 0, 3])
 
 
+@pytest.mark.slow
 class NtxentTest(parameterized.TestCase):
   def test_hand_worked(self):
     # One positive pair, of the same direction, and one orthogonal: from both
@@ -155,6 +157,7 @@ class NtxentTest(parameterized.TestCase):
       self.assertEqual(str(ours.exception), str(theirs.exception))
 
 
+@pytest.mark.slow
 class TripletTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 4, 2.0, 3)
   def test_norms(self, norm_degree):

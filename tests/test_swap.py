@@ -13,7 +13,7 @@ import warnings
 import jax.numpy as jnp
 import optax as upstream
 from absl.testing import absltest, parameterized
-from cases import CASES, MASKED, PASSED_THROUGH
+from cases import MASKED
 
 import optax_masking as optax
 
@@ -29,7 +29,7 @@ IMPORTS = (
   "from optax_masking.contrib import muon",
   "from optax_masking import contrib; contrib.muon",
   "import optax_masking.losses; optax_masking.losses.l2_loss",
-  "from optax_masking.losses import *; huber_loss, softmax_cross_entropy",
+  "from optax_masking.losses import *; squared_error, softmax_cross_entropy",
   "from optax_masking import *; adam, softmax_cross_entropy, chain",
   "from optax_masking._src import base; base.GradientTransformation",
   "import optax_masking.losses._ranking as r; r.ranking_softmax_loss",
@@ -64,9 +64,9 @@ def run_each(programs):
 
 
 def unaccounted(losses):
-  """The public functions of a module that are neither masked nor listed."""
+  """The public functions of a module that are not masked."""
   public = {n for n in dir(losses) if not n.startswith("_")}
-  return public - set(MASKED) - set(PASSED_THROUGH)
+  return public - set(MASKED)
 
 
 class SwapTest(parameterized.TestCase):
@@ -96,11 +96,8 @@ class SwapTest(parameterized.TestCase):
         self.assertIs(getattr(optax, name), ours)
 
   def test_every_loss_is_accounted_for(self):
-    """Masked, or passed through with a reason; one of the two, and no other."""
+    """All are masked."""
     self.assertEqual(unaccounted(upstream.losses), set())
-    for name, reason in PASSED_THROUGH.items():
-      self.assertNotIn(name, MASKED)
-      self.assertTrue(reason)
     later = types.ModuleType("optax.losses")
     vars(later).update(vars(upstream.losses), new_loss=lambda x: x)
     self.assertEqual(unaccounted(later), {"new_loss"})
@@ -119,15 +116,10 @@ class SwapTest(parameterized.TestCase):
       f"assert {lacking!r} not in optax_masking.losses.__all__\n"
       "from optax_masking import *\n"
       "from optax_masking.losses import *\n"
-      "assert optax_masking.huber_loss is optax_masking.losses.huber_loss\n"
-      "assert optax_masking.huber_loss is not optax.huber_loss\n"
+      "assert optax_masking.squared_error is optax_masking.losses.squared_error\n"
+      "assert optax_masking.squared_error is not optax.squared_error\n"
       for lacking in ("ntxent", "dice_loss", "softmax_cross_entropy")
     )
-
-  def test_every_masked_loss_has_a_case(self):
-    """But for the deprecated name of one that has."""
-    cases = [case.name for case in CASES]
-    self.assertCountEqual([*cases, "convex_kl_divergence"], MASKED)
 
   def test_no_name_of_optax_is_taken(self):
     """What this package adds is nothing that Optax has."""
