@@ -302,9 +302,10 @@ def fill_all(
     if isinstance(fill, PerExample) and fill.keeps is not None:
       where = where & fill.keeps(x, where, shape, axes)
   if is_debugging():
+    examples = jnp.any(where, axes)
     arrays = {
       name: without_garbage(
-        x, jnp.any(where, axes) if name in per_example else where, fills[name]
+        x, examples if name in per_example else where, fills[name]
       )
       for name, x in arrays.items()
     }
