@@ -987,6 +987,8 @@ class ScoresTest(parameterized.TestCase):
   )
   def test_sparsemax_of_distant_scores(self, label, loss, gradient):
     """Their difference is more than float16 has, unlike the loss."""
+    if jax.config.jax_enable_x64:
+      self.skipTest("Optax's projection then has no gradient in float32.")
     for garbage in (NAN, -6e4, 6e4):
       scores = jnp.array([[-6e4, 6e4, garbage]], "float16")
       with jax.debug_nans(True), jax.debug_infs(True):
