@@ -5,6 +5,7 @@ What there is to know of a loss is in `optax_masking/losses/_table.py`.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -75,6 +76,7 @@ MECHANISMS = (
 def each_case(
   cases: Iterable[Case] = CASES,
   dtypes: Iterable[str] = DTYPES,
+  kinds: bool = False,
   mechanisms: bool = False,
   quick: bool = True,
 ) -> pytest.MarkDecorator:
@@ -82,30 +84,34 @@ def each_case(
 
   Args:
     cases: Which losses.
-    dtypes: Which dtypes. All but the first are left out of the quick subset.
+    dtypes: Which dtypes. In the quick subset are the first of them, and masks
+      of elements.
+    kinds: Whether to run it for the lanes of each kind of mask, too.
     mechanisms: Whether one loss of each mechanism will do, each in one of the
       dtypes: the others are left to the night.
-    quick: Whether the first dtype is in the quick subset.
+    quick: Whether any of it is in the quick subset.
   """
   dtypes = tuple(dtypes)
   parameters = []
-  for case in cases:
-    for number, dtype in enumerate(dtypes):
-      marks = [pytest.mark.xdist_group(case.name)]
-      if (case.output_of and number) or (
-        mechanisms
-        and not (
-          case.name in MECHANISMS
-          and MECHANISMS.index(case.name) % len(dtypes) == number
-        )
-      ):  # The program of the other.
-        marks.append(pytest.mark.nightly)
-      elif not quick or number:
-        marks.append(pytest.mark.slow)
-      parameters.append(
-        pytest.param(case, dtype, id=f"{case.name}-{dtype}", marks=marks)
+  for case, (number, dtype), kind in itertools.product(
+    cases, enumerate(dtypes), KINDS if kinds else (None,)
+  ):
+    nightly = case.output_of and number  # The program of the other.
+    if mechanisms:
+      nightly = (
+        case.name not in MECHANISMS
+        or MECHANISMS.index(case.name) % len(dtypes) != number
       )
-  return pytest.mark.parametrize(("case", "dtype"), parameters)
+    marks = [pytest.mark.xdist_group(case.name)]
+    if nightly:
+      marks.append(pytest.mark.nightly)
+    elif mechanisms or not quick or number or kind not in (None, "elements"):
+      marks.append(pytest.mark.slow)
+    values = (case, dtype, kind) if kinds else (case, dtype)
+    name = "-".join([case.name, *values[1:]])
+    parameters.append(pytest.param(*values, id=name, marks=marks))
+  names = ("case", "dtype", "kind") if kinds else ("case", "dtype")
+  return pytest.mark.parametrize(names, parameters)
 
 
 def tolerance(dtype: str, roundings: float = 16.0) -> dict[str, float]:
@@ -191,4 +197,6 @@ def float_poisons(dtype: str) -> tuple[jax.Array, ...]:
   return tuple(jnp.asarray(v).astype(dtype) for v in values)
 
 
+# By the kind of the masks, which have one shape: one program is for them all.
+KINDS = {"elements": masks, "rows": row_masks}
 INDEX_POISONS = (-100, -1, SHAPE[-1], 2**31 - 1)

@@ -16,16 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from cases import (
   INDEX_POISONS,
+  KINDS,
   Case,
   float_poisons,
-  masks,
-  row_masks,
 )
 from formulas import reference
 
 from optax_masking.losses import _table as table
 
-KINDS = {"elements": masks, "rows": row_masks}
 # Of the accuracy: scales of the logits, and how often there are data of each.
 SCALES = (1.0, 10.0, 40.0)
 SAMPLES = 6

@@ -8,9 +8,8 @@ most 4 times those of Optax, or 4 roundings.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from cases import each_case
-from lanes import KINDS, expected, selected, without_mask
+from lanes import expected, selected, without_mask
 
 QUANTILES = (0.5, 0.98)
 
@@ -37,8 +36,7 @@ def relative_errors(case, lanes, dtype):
   }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@each_case(quick=False)
+@each_case(kinds=True, quick=False)
 def test_quantiles(case, dtype, kind):
   """Of the same elements, with a mask around them and without the others."""
   ours = relative_errors(case, selected(case, dtype, kind, "accuracy"), dtype)

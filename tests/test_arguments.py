@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax as upstream
+import pytest
 from absl.testing import absltest, parameterized
 from cases import (
   BY_NAME,
@@ -213,6 +214,7 @@ class WhereTest(parameterized.TestCase):
         gradient(case.loss, where=where)
 
 
+@pytest.mark.slow
 class AxisTest(parameterized.TestCase):
   @parameterized.parameters(
     "safe_softmax_cross_entropy", "ranking_softmax_loss", "log_cosh"
@@ -309,6 +311,7 @@ class AxisTest(parameterized.TestCase):
     )
 
 
+@pytest.mark.slow
 class DataTest(parameterized.TestCase):
   """Optax's own checks, with a mask."""
 
@@ -434,6 +437,7 @@ class DataTest(parameterized.TestCase):
     assert_equal(got, case.loss(*arguments, where=where))
 
 
+@pytest.mark.slow
 class TypesTest(parameterized.TestCase):
   """The result has Optax's dtype, and is weak where Optax's is."""
 

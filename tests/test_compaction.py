@@ -6,9 +6,8 @@ That is the definition in NumPy, of what is left, with its derivatives.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from cases import each_case
-from lanes import KINDS, expected, selected, weights
+from lanes import expected, selected, weights
 
 
 def assert_near(got, right, size, dtype, message, roundings=16):
@@ -70,8 +69,7 @@ class Sizes:
     return np.where(self.single, size + 1 / self.smallest, size)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@each_case()
+@each_case(kinds=True)
 def test_formula(case, dtype, kind):
   for lane in selected(case, dtype, kind, "clean"):
     right = expected(case, lane)

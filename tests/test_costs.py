@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax as upstream
+import pytest
 from absl.testing import absltest, parameterized
 from cases import DTYPES, NAMED, assert_allclose, assert_close, row_masks
 
@@ -56,6 +57,7 @@ def value_and_grad(loss):
   )
 
 
+@pytest.mark.slow
 @unittest.skipIf(
   jax.default_backend() != "cpu" or jax.__version_info__[:2] != (0, 10),
   "The compiler of this platform or version counts otherwise.",
@@ -113,6 +115,7 @@ class CountersTest(parameterized.TestCase):
       self.assertLessEqual(got["bytes"], limit * floor["bytes"])
 
 
+@pytest.mark.slow
 class PlatformsTest(parameterized.TestCase):
   @parameterized.parameters("row", "full")
   def test_accelerators(self, mask):
@@ -164,6 +167,7 @@ class PlatformsTest(parameterized.TestCase):
       assert_close(a, b, "float32")
 
 
+@pytest.mark.slow
 class PrecisionTest(parameterized.TestCase):
   @parameterized.product(name=(INTEGER, SOFT, BINARY), mask=("row", "full"))
   def test_half_precision(self, name, mask):
@@ -224,6 +228,7 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
+@pytest.mark.slow
 class EagerTest(parameterized.TestCase):
   @parameterized.named_parameters(NAMED)
   def test_recompilation(self, case):

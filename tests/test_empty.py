@@ -1,13 +1,11 @@
 """Clause 4: a slice with nothing included is exactly 0, as its derivatives."""
 
 import numpy as np
-import pytest
 from cases import assert_equal, each_case
-from lanes import KINDS, selected
+from lanes import selected
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@each_case()
+@each_case(kinds=True)
 def test_nothing_included(case, dtype, kind):
   empty = 0
   for lane in selected(case, dtype, kind, "clean"):

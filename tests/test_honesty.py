@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 from cases import assert_close, bits, each_case, masks
 from formulas import value
-from lanes import KINDS, selected
+from lanes import selected
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN.
-@pytest.mark.parametrize("kind", KINDS)
-@each_case()
+@each_case(kinds=True)
 def test_nan(case, dtype, kind):
   """In the slice that it is in, and in no other."""
   for lane in selected(case, dtype, kind, "NaN included"):

@@ -2,13 +2,11 @@
 
 import chex
 import jax
-import pytest
 from cases import bits, each_case
-from lanes import KINDS, selected
+from lanes import selected
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@each_case()
+@each_case(kinds=True)
 def test_garbage(case, dtype, kind):
   """NaN, infinities and extremes in data and tangents, labels of no class."""
   for lane in selected(case, dtype, kind, "clean"):

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from cases import SLICED, assert_close, masks
 
@@ -36,6 +37,7 @@ def by_one_hot_rows(case, arguments, where):
   return jnp.stack(losses)
 
 
+@pytest.mark.slow
 class OneHotTest(chex.TestCase):
   @chex.variants(with_jit=True, without_jit=True)
   @parameterized.named_parameters(SLICED)

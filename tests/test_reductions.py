@@ -36,7 +36,7 @@ from optax_masking.testing import assert_mask_safe
 DTYPE = DTYPES[0]
 HALF = ("bfloat16", "float16")
 # One loss of each kind of result: an element, an example, the batch.
-FEW = ("huber_loss", "ntxent", "softmax_cross_entropy_with_integer_labels")
+FEW = ("hinge_loss", "ntxent", "softmax_cross_entropy_with_integer_labels")
 SHAPE = (2, 3, 4)
 
 
@@ -279,9 +279,8 @@ class MaskTest(parameterized.TestCase):
       return masked_mean(loss, mask if loss.ndim else True)
 
     def mean_of_kept(*floats):
-      if (
-        not case.slices or case.keeps_shape
-      ):  # Of which rows can't be taken out one by one.
+      # Of which rows can't be taken out one by one.
+      if not case.slices or case.keeps_shape:
         loss = case.loss(*floats, *arguments[count:], where=where)
         return loss[rows].mean() if loss.ndim else loss
       return case.original(

@@ -680,7 +680,7 @@ class PlantedTest(StagingTestCase):
     ]
     (self.root / file).write_text("".join(lines))
     self.assert_refused(
-      *("stage", self.root, "--loss", "squared_error", "--loss", "huber_loss"),
+      *("stage", self.root, "--loss", "squared_error", "--loss", "log_cosh"),
       message="squared_error: its code .* changed .it takes `axis` and `where`",
     )
 
@@ -694,7 +694,7 @@ class PlantedTest(StagingTestCase):
     self.insert(file, "hinge_loss", "  0\n")
     text = (self.root / file).read_text().replace("_masking", "_masks")
     (self.root / file).write_text(text)
-    _, err = self.stage("hinge_loss", "huber_loss")
+    _, err = self.stage("hinge_loss", "log_cosh")
     self.assertRegex(err, "hinge_loss: Optax has fixed it.*finds nothing")
     self.assertEqual((self.root / file).read_text(), text)
     self.assertTrue((self.root / ENGINE).is_file())
@@ -877,7 +877,7 @@ class StagedTest(StagingTestCase):
       " '-W', 'ignore', 'optax/losses/_masking_test.py', '-k',"
       " ' or '.join(few)]))\n"
     )
-    few = ("huber_loss", "multiclass_hinge_loss", "smooth_labels")
+    few = ("log_cosh", "multiclass_hinge_loss", "smooth_labels")
     out = python(self.root, "-c", script, *few)
     self.assertIn("optax: 3 of 3 losses clean", out)
     self.assertRegex(out, r"\b[1-9]\d+ passed")

@@ -116,8 +116,8 @@ class SwapTest(parameterized.TestCase):
       f"assert {lacking!r} not in optax_masking.losses.__all__\n"
       "from optax_masking import *\n"
       "from optax_masking.losses import *\n"
-      "assert optax_masking.squared_error is optax_masking.losses.squared_error\n"
-      "assert optax_masking.squared_error is not optax.squared_error\n"
+      "assert optax_masking.l2_loss is optax_masking.losses.l2_loss\n"
+      "assert optax_masking.l2_loss is not optax.l2_loss\n"
       for lacking in ("ntxent", "dice_loss", "softmax_cross_entropy")
     )
 

@@ -1,12 +1,10 @@
 """Clause 2: derivatives with respect to masked elements are exactly 0."""
 
-import pytest
 from cases import assert_equal, each_case
-from lanes import KINDS, selected
+from lanes import selected
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@each_case()
+@each_case(kinds=True)
 def test_of_masked_elements(case, dtype, kind):
   """In reverse mode, and of the gradients."""
   for lane in selected(case, dtype, kind, "clean"):
@@ -15,8 +13,7 @@ def test_of_masked_elements(case, dtype, kind):
         assert_equal(gradient[~lane.where], 0, f"{lane.mask}: {name}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@each_case()
+@each_case(kinds=True)
 def test_along_masked_elements(case, dtype, kind):
   """In forward mode, and of the gradients of what is included."""
   for lane in selected(case, dtype, kind, "along"):
