@@ -18,6 +18,8 @@ import optax_masking.testing
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+# Of which the docstrings are read in the quick subset, too.
+QUICK = ("cosine_distance", "squared_error", "masked_inputs", "masked_sum")
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +126,17 @@ def test_readme_links():
 @pytest.mark.parametrize(
   "name",
   [
-    *MASKED,
-    "masked_inputs",
-    "patch",
-    "assert_mask_safe",
-    "check_mask_safe",
-    "masked_sum",
-    "masked_count",
-    "masked_mean",
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in (
+      *MASKED,
+      "masked_inputs",
+      "patch",
+      "assert_mask_safe",
+      "check_mask_safe",
+      "masked_sum",
+      "masked_count",
+      "masked_mean",
+    )
   ],
 )
 @pytest.mark.filterwarnings("ignore:The function convex_kl_divergence")

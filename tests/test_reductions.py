@@ -162,6 +162,7 @@ class MaskTest(parameterized.TestCase):
           total = functools.partial(masked_mean, where=mask, weights=w)
           assert_equal(jnp.isfinite(jax.grad(total)(x)), True)
 
+  @pytest.mark.slow
   def test_debug_nans_of_garbage(self):
     """It is selected before anything else is done with it."""
     rows = np.array([False, True, True])
@@ -224,6 +225,7 @@ class MaskTest(parameterized.TestCase):
           assert_equal(function(x, where, axis), expected)
       assert_equal(jax.grad(masked_mean)(x, where), x)
 
+  @pytest.mark.slow
   def test_row_masks(self):
     """Size 1, or no axis, where the mask is the same along the data."""
     x, where, weights = data()
@@ -611,6 +613,7 @@ class MicrobatchesTest(parameterized.TestCase):
 
 
 class RunningMeanTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_steps(self):
     """Of uneven steps, one of which is empty: the mean of all."""
     x, where, weights = (a.reshape(6, 4) for a in data())
@@ -686,6 +689,7 @@ class RunningMeanTest(parameterized.TestCase):
       expected = np.float32(numerator) / np.float32(denominator)
       assert_allclose(state.mean(), expected, rtol=1e-7)
 
+  @pytest.mark.slow
   def test_many_steps(self):
     """The rest does not end at 2^24, either."""
     many = jax.jit(

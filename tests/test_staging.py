@@ -281,6 +281,7 @@ class StageTest(StagingTestCase):
     self.assertIn("There is nothing to change.", err)
     self.assertEqual(content(self.root), before)
 
+  @pytest.mark.slow
   def test_edited(self):
     """What a reviewer has changed since stays, and more losses fit in."""
     self.stage("sigmoid_focal_loss")
@@ -324,6 +325,7 @@ class StageTest(StagingTestCase):
     self.assertEqual(text.count("def _of_error("), 1)
     self.assertIn("Makes a formula of a loss", text)
 
+  @pytest.mark.slow
   def test_lost(self):
     """What is not there any more is put there again."""
     self.stage("hinge_loss")
@@ -343,6 +345,7 @@ class StageTest(StagingTestCase):
     message = "_masking.py, line 1, is not Python"
     self.assert_refused("stage", self.root, message=message)
 
+  @pytest.mark.slow
   def test_left_over(self):
     """Files of a stage that was taken back."""
     before = content(self.root)
@@ -369,6 +372,7 @@ class StageTest(StagingTestCase):
       remove()
     self.assertFalse((self.root / "elsewhere.py").exists())
 
+  @pytest.mark.slow
   def test_all_or_nothing(self):
     """If a file can't be written no other is."""
     before = content(self.root)
@@ -484,6 +488,7 @@ class StageTest(StagingTestCase):
     self.stage("log_cosh")
     self.assertEqual(content(by_package), content(self.root))
 
+  @pytest.mark.slow
   def test_except(self):
     status, _, err = run("stage", self.root, "--except", "log_cosh")
     self.assertEqual(status, 0, err)
@@ -491,6 +496,7 @@ class StageTest(StagingTestCase):
     self.stage(*({*LOSSES} - {"log_cosh"}), root=others)
     self.assertEqual(content(others), content(self.root))
 
+  @pytest.mark.slow
   def test_no_checkout(self):
     for folder in (self.root / "optax" / "losses", self.root / "nothing"):
       self.assert_refused("stage", folder, message="is no checkout of Optax")
