@@ -378,7 +378,6 @@ class ArgumentsTest(parameterized.TestCase):
   """Losses of many kinds of arguments and results."""
 
   options = GRADIENTS
-  seeds = range(1)
 
   def clauses(self, loss, *args, where=ELEMENTS, **options):
     report = testing.check_mask_safe(
@@ -576,9 +575,16 @@ class ArgumentsTest(parameterized.TestCase):
     found = self.clauses(count_up, PREDICTIONS, derivatives=("value",))
     self.assertEqual(found, ["compaction"])
 
+
+@pytest.mark.nightly
+class AllOfArgumentsTest(ArgumentsTest):
+  """With all derivatives and transformations."""
+
+  options: dict = {}  # noqa: RUF012  # Of no instance.
+
   def test_cancelling_derivatives(self):
     """What is 0 but for rounding is judged by what is not."""
-    for seed in self.seeds:
+    for seed in range(3):
       x, y = (planted_faults.normal(seed + i, 2, 4, 5) for i in (0, 10))
       where = planted_faults.uniform(seed, 4, 5) < 0.7
       self.assertEqual(
@@ -591,14 +597,6 @@ class ArgumentsTest(parameterized.TestCase):
         ),
         [],
       )
-
-
-@pytest.mark.nightly
-class AllOfArgumentsTest(ArgumentsTest):
-  """With all derivatives and transformations."""
-
-  options: dict = {}  # noqa: RUF012  # Of no instance.
-  seeds = range(3)
 
 
 class UsageTest(parameterized.TestCase):
