@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import importlib.metadata
 import inspect
 import pathlib
 import re
@@ -10,6 +11,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import optax as upstream
 import pytest
 from cases import MASKED
 
@@ -99,15 +101,28 @@ def test_readme_begins_with_the_point():
   assert "[-1.  0.]" in top
 
 
-def test_readme_table():
-  """Each masked loss with its default axis, and no other."""
-  rows = re.findall(r"^\| `(\w+)` \| `(\S+)` \|", README, re.MULTILINE)
-  assert sorted(name for name, _ in rows) == MASKED
-  for name, axis in rows:
-    loss = getattr(optax.losses, name)
-    if name == "make_fenchel_young_loss":
-      loss = loss(jax.nn.logsumexp)
-    assert str(inspect.signature(loss).parameters["axis"].default) == axis, name
+def test_list_of_losses(capsys):
+  """Each masked loss with its default axis, as the command prints it."""
+  (command,) = importlib.metadata.entry_points(
+    group="console_scripts", name="optax-masking"
+  )
+  assert command.load()(["losses"]) == 0
+  rows = re.findall(
+    r"^\| `(losses\.)?(\w+)` \| `(\S+)` \| [^|]+ \| [^|]+ \|$",
+    capsys.readouterr().out,
+    re.MULTILINE,
+  )
+  assert sorted(name for _, name, _ in rows) == MASKED
+  axes = {name: axis for _, name, axis in rows}
+  for name, axis in (
+    ("softmax_cross_entropy", "-1"),
+    ("sigmoid_focal_loss", "()"),
+    ("make_fenchel_young_loss", "-1"),
+    ("dice_loss", "None"),
+  ):
+    assert axes[name] == axis
+  for inside, name, _ in rows:
+    assert (inside == "") == (name in vars(upstream)), name
 
 
 def test_changelog_names_each_loss():

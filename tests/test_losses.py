@@ -1048,12 +1048,6 @@ class ScoresTest(parameterized.TestCase):
       loss(x[0], y[0]), upstream.losses.multiclass_sparsemax_loss(x[0], y[0])
     )
 
-
-def sparsemax_conjugate(scores):
-  """The maximum over the simplex of a product, less half the squared norm."""
-  p = upstream.projections.projection_simplex(scores)
-  return p @ scores - p @ p / 2
-
   @parameterized.parameters(((5,), (5,)), ((5,), (1,)), ((3, 5), ()))
   def test_sparsemax_labels_of_wrong_rank(self, *shapes):
     """They are refused as Optax refuses them, not read as a batch of one."""
@@ -1067,6 +1061,12 @@ def sparsemax_conjugate(scores):
       errors.append(caught.exception)
     self.assertEqual(type(errors[0]), type(errors[1]))
     self.assertEqual(str(errors[0]), str(errors[1]))
+
+
+def sparsemax_conjugate(scores):
+  """The maximum over the simplex of a product, less half the squared norm."""
+  p = upstream.projections.projection_simplex(scores)
+  return p @ scores - p @ p / 2
 
 
 @pytest.mark.slow
