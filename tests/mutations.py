@@ -1,8 +1,8 @@
 """Changes the code at random, and looks whether the tests of a loss notice.
 
-    python -m mutations                       # 150 mutants, seed 0.
-    python -m mutations --number 20 --seed 1  # Others, and fewer.
-    python -m mutations fills.py:164          # All of a line, or of a file.
+    python tests/mutations.py                       # 150 mutants, seed 0.
+    python tests/mutations.py --number 20 --seed 1  # Others, and fewer.
+    python tests/mutations.py fills.py:164          # All of a line, or a file.
 
 Cosmic Ray makes the mutants and runs pytest. What is here draws a sample, and
 gives each mutant the tests of losses that use what it changes. All of it
@@ -235,7 +235,7 @@ def main():
   with tempfile.TemporaryDirectory() as folder:
     copy = pathlib.Path(folder, "copy")
     ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache")
-    shutil.copytree(pathlib.Path(__file__).parent, copy, ignore=ignored)
+    shutil.copytree(pathlib.Path(__file__).parents[1], copy, ignore=ignored)
     os.chdir(copy)
     sys.path.append("tests")
     os.environ["PYTHONPATH"] = str(copy)
