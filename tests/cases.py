@@ -80,7 +80,7 @@ def each_case(
   mechanisms: bool = False,
   quick: bool = True,
 ) -> pytest.MarkDecorator:
-  """Runs a test for losses and dtypes, those of a loss in one process.
+  """Runs a test for losses and dtypes.
 
   Args:
     cases: Which losses.
@@ -102,11 +102,11 @@ def each_case(
         case.name not in MECHANISMS
         or MECHANISMS.index(case.name) % len(dtypes) != number
       )
-    marks = [pytest.mark.xdist_group(case.name)]
+    marks = []
     if nightly:
-      marks.append(pytest.mark.nightly)
+      marks = [pytest.mark.nightly]
     elif mechanisms or not quick or number or kind not in (None, "elements"):
-      marks.append(pytest.mark.slow)
+      marks = [pytest.mark.slow]
     values = (case, dtype, kind) if kinds else (case, dtype)
     name = "-".join([case.name, *values[1:]])
     parameters.append(pytest.param(*values, id=name, marks=marks))

@@ -1,6 +1,7 @@
 """More devices than one, and which tests are left out of the quick subset."""
 
 import os
+import re
 
 import jax
 import pytest
@@ -16,3 +17,15 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.get_closest_marker("nightly"):
       item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Keeps the tests of a loss in one process, where they share a program."""
+  from xdist.scheduler import LoadScopeScheduling
+
+  class ByLoss(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      return re.sub(r".*\[(\w+)-.*", r"\1", nodeid)
+
+  return ByLoss(config, log)

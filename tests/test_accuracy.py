@@ -8,6 +8,7 @@ most 4 times those of Optax, or 4 roundings.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cases import each_case
 from lanes import expected, selected, without_mask
 
@@ -40,7 +41,12 @@ def relative_errors(case, lanes, dtype):
 def test_quantiles(case, dtype, kind):
   """Of the same elements, with a mask around them and without the others."""
   ours = relative_errors(case, selected(case, dtype, kind, "accuracy"), dtype)
-  theirs = relative_errors(case, without_mask(case, dtype, kind), dtype)
+  try:
+    unmasked = without_mask(case, dtype, kind)
+  except TypeError as e:
+    assert "Custom JVP rule" in str(e)  # Of the projection, in half precision.
+    pytest.skip("Optax has no second derivative of this dtype.")
+  theirs = relative_errors(case, unmasked, dtype)
   few = 4 * float(jnp.finfo(dtype).eps)
   for name, errors in ours.items():
     for q in QUANTILES if len(errors) else ():
