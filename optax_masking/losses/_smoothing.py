@@ -68,5 +68,8 @@ def smooth_labels(
   alpha = jnp.asarray(alpha)
   # Optax divides by the count: an integer becomes a float32. Of other dtypes
   # the quotient keeps that of alpha, since the reciprocal's is weak; the count
-  # itself may be more than float16 has.
-  return (1 - alpha) * labels + alpha / 1 * (1.0 / count)
+  # itself may be more than float16 has. It is no number of the caller, for a
+  # strict program to refuse.
+  with jax.numpy_dtype_promotion("standard"):
+    reciprocal = 1.0 / count
+  return (1 - alpha) * labels + alpha / 1 * reciprocal
