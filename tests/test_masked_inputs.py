@@ -443,6 +443,23 @@ class CompiledTest(absltest.TestCase):
     for axis in (1, np.int64(1), jnp.array(1), (np.array(1),), [1]):
       assert_equal(loss(x, 1, axis=axis, where=True), [4, 4])
 
+  def test_function(self):
+    """One that is not the default is called each time, whatever it reads."""
+
+    @optax.masked_inputs(x=0.0, compiled=True)
+    def loss(x, weigh):
+      return weigh(x)
+
+    x = jnp.ones(2)
+    factor = 2
+
+    def weigh(x):
+      return factor * x
+
+    assert_equal(loss(x, weigh, where=True), [2, 2])
+    factor = 3
+    assert_equal(loss(x, weigh, where=True), [3, 3])
+
   def test_errors(self):
     """They are those of a call that is not compiled, without JAX's notes."""
     with self.assertRaises(ValueError) as caught:
