@@ -174,7 +174,7 @@ def commands(path, changed, uses):
       used(other, seen)
     return seen
 
-  def tests_of(losses, marks, files=()):
+  def command_for(losses, marks, files=()):
     # Not of those whose names have the name of the loss in them.
     words = [
       " and not ".join([n, *(m for m in table.ROWS if n in m != n)])
@@ -191,10 +191,10 @@ def commands(path, changed, uses):
   losses = [n for n in MECHANISMS if changed in used(n, {n})] or [
     n for n in table.ROWS if changed in used(n, {n})
   ][:3]
-  yield tests_of(losses[:3], "not slow", files)
-  yield tests_of(losses[:3], "slow and not nightly", files)
+  yield command_for(losses[:3], "not slow", files)
+  yield command_for(losses[:3], "slow and not nightly", files)
   if losses[3:]:
-    yield tests_of(losses[3:], "not slow")
+    yield command_for(losses[3:], "not slow")
   yield f"{PYTEST} tests/test_losses.py"
 
 
