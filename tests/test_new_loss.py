@@ -155,7 +155,7 @@ def test_command(run):
   options = ("--quick", "--loss", "absolute_error", "optax_masking")
   assert ", 0 findings," in run(*command("audit", *options))
   staged = run(*command("stage", ".", "--dry-run", "--loss", "absolute_error"))
-  assert "optax/losses/_regression.py: +" in staged
+  assert "+++ b/optax/losses/_regression.py" in staged
 
 
 @pytest.mark.slow
@@ -174,5 +174,5 @@ def test_tests(run):
       *("-m", "pytest", *options, "--collect-only", f"tests/test_{test}.py"),
       *("-k", "absolute_error"),
     )
-  assert int(of_loss.split(" passed")[0].split()[-1]) > 20
+  assert int(of_loss.split(" passed")[0].split()[-1]) >= 12
   run("-m", "pytest", *options, "tests/test_docs.py", "tests/test_swap.py")
