@@ -15,6 +15,8 @@ from optax_masking.losses import _table as table
 
 WIDE = np.longdouble
 STEP = WIDE(1e-30)
+# How far second derivatives may be off, next to the largest terms.
+UNCERTAINTY = 1e-10
 
 
 def _abs(x):

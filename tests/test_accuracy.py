@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import each_case
+from formulas import UNCERTAINTY
 from lanes import expected, selected, without_mask
 
 QUANTILES = (0.5, 0.98)
@@ -54,7 +55,8 @@ def test_quantiles(case, dtype, kind):
       got, floor = (
         np.quantile(x, q, method="lower") for x in (errors, theirs[name])
       )
-      assert got <= max(4 * floor, few), (
+      limit = max(4 * floor, few) + UNCERTAINTY * (name == "hessian")
+      assert got <= limit, (
         f"{name}: the {q:.0%} quantile of the relative errors is {got:.2g}, and"
         f" {floor:.2g} of Optax without a mask"
       )
