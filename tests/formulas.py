@@ -89,7 +89,7 @@ def _log_cosh(x, y):
 
 
 def _distance(a, b):
-  return np.sqrt((a - b) @ (a - b) + WIDE(np.float32(1e-6)))
+  return np.sqrt((a - b) @ (a - b) + WIDE(1e-6))
 
 
 def _triplet(a, p, n):
@@ -176,7 +176,7 @@ def _binary_dice(x, t, where):
 
 def _generalized_dice(x, t, where):
   weights = {
-    c: 1 / (t[..., c][where[..., c]].sum() ** 2 + WIDE(np.float32(1e-7)))
+    c: 1 / (t[..., c][where[..., c]].sum() ** 2 + WIDE(1e-7))
     for c in np.flatnonzero(where.any((0, 1)))
   }
   images = zip(_segments(x, where), t, where, strict=True)
@@ -190,7 +190,7 @@ def _generalized_dice(x, t, where):
 
 
 def _ntxent(x, groups, where):
-  temperature = WIDE(np.float32(0.07))
+  temperature = WIDE(0.07)
   rows = np.flatnonzero(where.any(-1))
   x = np.where(where, x, 0)  # An entry that is not there adds to no product.
   unit = {i: x[i] / np.sqrt(x[i] @ x[i]) for i in rows}
