@@ -74,7 +74,6 @@ MECHANISMS = (
 
 
 def each_case(
-  cases: Iterable[Case] = CASES,
   dtypes: Iterable[str] = DTYPES,
   kinds: bool = False,
   mechanisms: bool = False,
@@ -83,7 +82,6 @@ def each_case(
   """Runs a test for losses and dtypes.
 
   Args:
-    cases: Which losses.
     dtypes: Which dtypes. In the quick subset are the first of them, and masks
       of elements.
     kinds: Whether to run it for the lanes of each kind of mask, too.
@@ -94,7 +92,7 @@ def each_case(
   dtypes = tuple(dtypes)
   parameters = []
   for case, (number, dtype), kind in itertools.product(
-    cases, enumerate(dtypes), KINDS if kinds else (None,)
+    CASES, enumerate(dtypes), KINDS if kinds else (None,)
   ):
     nightly = case.output_of and number  # The program of the other.
     if mechanisms:

@@ -39,7 +39,10 @@ class Lane:
   """What a program is given, and what it returns.
 
   Attributes:
-    what: What is particular to the lane.
+    role: What the lane is for: "clean", "garbage" in what is masked,
+      "direction" for a tangent of what is masked alone, "honesty" for NaN in an
+      included element, or "accuracy".
+    what: What is particular to the lane, for a message.
     mask: The name of the mask.
     where: The mask, of the shape of the data.
     arguments: The data.
@@ -51,6 +54,7 @@ class Lane:
       the direction.
   """
 
+  role: str
   what: str
   mask: str
   where: np.ndarray
@@ -118,13 +122,16 @@ def data(case: Case, dtype: str, **options) -> list[np.ndarray]:
   return [np.asarray(x) for x in case.arguments(dtype, **options)]
 
 
+def of_label(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """What an array of classes has for the class of each example."""
+  return np.take_along_axis(x, labels[:, None], -1)
+
+
 def first_included(case: Case, where: np.ndarray, arguments):
   """An element that counts: not one of an example without its own class."""
-  counts = where
   for p in case.positions(table.class_index):
-    own = np.take_along_axis(where, arguments[p][..., None], -1)
-    counts = where & own
-  found = np.argwhere(counts)
+    where = where & of_label(where, arguments[p])
+  found = np.argwhere(where)
   return tuple(found[0]) if len(found) else None
 
 
@@ -132,15 +139,13 @@ def of_mask(case: Case, dtype: str, name: str, where: np.ndarray) -> list[Lane]:
   """The lanes of one mask."""
   arguments = data(case, dtype)
   tangents = directions(case, arguments)
-  clean = Lane("clean", name, where, arguments, tangents)
+  clean = Lane("clean", "clean", name, where, arguments, tangents)
+  first = first_included(case, where, arguments)
   lanes = [clean]
 
-  def add(what, position=None, x=None, number=None, tangent=None):
-    lane = Lane(what, name, where, list(arguments), list(tangents), clean)
-    if position is not None:
-      lane.arguments[position] = x.astype(arguments[position].dtype)
-    if number is not None:
-      lane.tangents[number] = tangent.astype(tangents[number].dtype)
+  def add(role, what):
+    """A lane whose data and tangents may be replaced."""
+    lane = Lane(role, what, name, where, list(arguments), list(tangents), clean)
     lanes.append(lane)
     return lane
 
@@ -148,21 +153,21 @@ def of_mask(case: Case, dtype: str, name: str, where: np.ndarray) -> list[Lane]:
     masked = case.masked(p, where)
     is_float = p in case.floating
     for poison in float_poisons(dtype) if is_float else INDEX_POISONS:
-      add(f"{poison} in argument {p}", p, np.where(masked, poison, x))
+      lane = add("garbage", f"{poison} in argument {p}")
+      lane.arguments[p] = np.where(masked, poison, x).astype(x.dtype)
     if not is_float:
       continue
     number = case.floating.index(p)
     t = tangents[number]
-    nan = np.where(masked, np.nan, t)
-    add(f"NaN in tangent {number}", number=number, tangent=nan)
-    lane = add(f"along what is masked of argument {p}")
+    lane = add("garbage", f"NaN in tangent {number}")
+    lane.tangents[number] = np.where(masked, np.nan, t).astype(t.dtype)
+    lane = add("direction", f"along what is masked of argument {p}")
     lane.tangents = [0 * t for t in tangents]
     lane.tangents[number] = np.where(masked, t, 0).astype(t.dtype)
-    first = first_included(case, where, arguments)
     if first is not None:
-      poisoned = x.copy()
-      poisoned[first] = np.nan
-      lane = add(f"NaN included in argument {p}", p, poisoned)
+      lane = add("honesty", f"NaN included in argument {p}")
+      lane.arguments[p] = x.copy()
+      lane.arguments[p][first] = np.nan
       lane.included = first
   return lanes
 
@@ -181,13 +186,9 @@ def lanes(case: Case, dtype: str, kind: str) -> tuple[Lane, ...]:
   return tuple(found)
 
 
-def selected(case, dtype, kind, *beginnings) -> list[Lane]:
-  """The lanes whose description begins so."""
-  found = [
-    lane
-    for lane in lanes(case, dtype, kind)
-    if lane.what.startswith(beginnings)
-  ]
+def selected(case, dtype, kind, role) -> list[Lane]:
+  """The lanes that are for one thing."""
+  found = [lane for lane in lanes(case, dtype, kind) if lane.role == role]
   assert found
   return found
 
@@ -203,12 +204,11 @@ def accuracy(case: Case, dtype: str, mask: str, where: np.ndarray):
       if sample % 2:
         arguments = confident(case, arguments, where)
       for p in case.positions(table.class_index):
-        labels = arguments[p]
-        own = np.take_along_axis(where, labels[:, None], -1)[:, 0]
-        arguments[p] = np.where(own, labels, 0)  # One that is included.
+        own = of_label(where, arguments[p])[:, 0]  # If not, one that is.
+        arguments[p] = np.where(own, arguments[p], 0)
       tangents = directions(case, arguments)
-      what = f"accuracy {scale} {sample}"
-      found.append(Lane(what, mask, where, arguments, tangents))
+      what = f"scale {scale}, sample {sample}"
+      found.append(Lane("accuracy", what, mask, where, arguments, tangents))
   return found
 
 
@@ -244,14 +244,11 @@ def compacted(case: Case, lane: Lane) -> Lane:
     left(x, p in case.per_example) for p, x in enumerate(lane.arguments)
   ]
   for p in case.positions(table.class_index):
-    position = np.cumsum(kept[slices], -1) - 1
-    labels = arguments[p][:, None]
-    arguments[p] = np.take_along_axis(position, labels, -1)[:, 0].astype(
-      "int32"
-    )
+    position = np.cumsum(kept[slices], -1, dtype="int32") - 1
+    arguments[p] = of_label(position, arguments[p])[:, 0]
   whole = np.ones(arguments[0].shape, bool)
   tangents = [left(x) for x in lane.tangents]
-  return Lane(lane.what, lane.mask, whole, arguments, tangents)
+  return Lane(lane.role, lane.what, lane.mask, whole, arguments, tangents)
 
 
 def without_mask(case: Case, dtype: str, kind: str) -> list[Lane]:

@@ -51,7 +51,7 @@ def test_quantiles(case, dtype, kind):
   few = 4 * float(jnp.finfo(dtype).eps)
   for name, errors in ours.items():
     for q in QUANTILES if len(errors) else ():
-      # Of an odd number, so that no infinity is averaged.
+      # One that was found, not a mean of two, of which one may be infinite.
       got, floor = (
         np.quantile(x, q, method="lower") for x in (errors, theirs[name])
       )

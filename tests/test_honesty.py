@@ -12,7 +12,7 @@ from lanes import selected
 @each_case(kinds=True)
 def test_nan(case, dtype, kind):
   """In the slice that it is in, and in no other."""
-  for lane in selected(case, dtype, kind, "NaN included"):
+  for lane in selected(case, dtype, kind, "honesty"):
     message = f"{lane.mask}, {lane.what}"
     got, clean = lane.outputs, lane.clean.outputs
     nan = np.isnan(got["value"])

@@ -11,11 +11,9 @@ def test_garbage(case, dtype, kind):
   """NaN, infinities and extremes in data and tangents, labels of no class."""
   for lane in selected(case, dtype, kind, "clean"):
     chex.assert_tree_all_finite(lane.outputs)
-  numbers = tuple("n-0123456789N")
-  for lane in selected(case, dtype, kind, *numbers):
-    if " included " not in lane.what:
-      chex.assert_trees_all_equal(
-        jax.tree.map(bits, lane.outputs),
-        jax.tree.map(bits, lane.clean.outputs),
-        custom_message=f"{lane.mask}, {lane.what}",
-      )
+  for lane in selected(case, dtype, kind, "garbage"):
+    chex.assert_trees_all_equal(
+      jax.tree.map(bits, lane.outputs),
+      jax.tree.map(bits, lane.clean.outputs),
+      custom_message=f"{lane.mask}, {lane.what}",
+    )

@@ -16,7 +16,7 @@ def test_of_masked_elements(case, dtype, kind):
 @each_case(kinds=True)
 def test_along_masked_elements(case, dtype, kind):
   """In forward mode, and of the gradients of what is included."""
-  for lane in selected(case, dtype, kind, "along"):
+  for lane in selected(case, dtype, kind, "direction"):
     message = f"{lane.mask}, {lane.what}"
     assert_equal(lane.outputs["jvp"], 0, message)
     for change in lane.outputs["hessian"]:
