@@ -134,12 +134,10 @@ def run(tmp_path_factory):
   changelog = root / "CHANGELOG.md"
   changelog.write_text(changelog.read_text() + "- `absolute_error`\n")
 
-  checkout = "optax_masking._staging", "Checkout.at('.')"
   fingerprint = run(
     "-c",
-    "from {} import Checkout; print({}.fingerprint('absolute_error'))".format(
-      *checkout
-    ),
+    "from optax_masking._staging import Checkout\n"
+    "print(Checkout.at('.').fingerprint('absolute_error'))",
   )
   put_in(table, ("FINGERPRINT", fingerprint.strip()))
   return run

@@ -3,20 +3,13 @@
 What is not masked here is looked up in Optax, when it is asked for.
 """
 
+import collections as _collections
 import functools as _functools
+import importlib as _importlib
 import typing as _typing
 
 import optax.losses as _optax_losses
 
-from optax_masking.losses import (
-  _classification,
-  _fenchel_young,
-  _ranking,
-  _regression,
-  _segmentation,
-  _self_supervised,
-  _smoothing,
-)
 from optax_masking.losses._table import ROWS as _ROWS
 
 if _typing.TYPE_CHECKING:
@@ -35,19 +28,19 @@ else:
   # No frame of this package, for a deprecation to name the line of the caller.
   __getattr__ = _functools.partial(getattr, _optax_losses)
 
-_defined = {
-  name: value
-  for module in (
-    _classification,
-    _fenchel_young,
-    _ranking,
-    _regression,
-    _segmentation,
-    _self_supervised,
-    _smoothing,
+_modules = [
+  _importlib.import_module(f"{__name__}.{name}")
+  for name in (
+    "_classification",
+    "_fenchel_young",
+    "_ranking",
+    "_regression",
+    "_segmentation",
+    "_self_supervised",
+    "_smoothing",
   )
-  for name, value in vars(module).items()
-}
+]
+_defined = _collections.ChainMap(*map(vars, _modules))
 # An older Optax may lack a loss; then it is lacking here.
 globals().update(
   (name, _defined[name]) for name in _ROWS if hasattr(_optax_losses, name)

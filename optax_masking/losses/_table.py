@@ -282,6 +282,7 @@ class Row:
 
 
 _CTC: dict[str, Any] = {
+  "left": "0, also if a label is left in no frame",
   "slices": False,
   "shape": (2, 4, 3),
   "adapt": _of_sequences,
@@ -493,7 +494,6 @@ _ROWS = (
     (logits,),
     _FRAMES,
     ("8cebdd80",),
-    left="0, also if a label is left in no frame",
     output_of="ctc_loss_with_forward_probs",
     **_CTC,
   ),
@@ -502,7 +502,6 @@ _ROWS = (
     (logits,),
     _FRAMES,
     ("91732f90",),
-    left="0, also if a label is left in no frame",
     **_CTC,
   ),
 )
