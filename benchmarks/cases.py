@@ -12,7 +12,7 @@ import numpy as np
 
 from optax_masking.losses._table import ROWS
 
-LOSSES = tuple(ROWS)
+LOSSES = tuple(sorted(ROWS))
 INTEGER_LABELS = "softmax_cross_entropy_with_integer_labels"
 # Each with its class axis.
 SHAPES = (

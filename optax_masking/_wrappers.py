@@ -36,7 +36,7 @@ _ENGINE_PARTS = (
 KNOWN = {name: row.written_for for name, row in ROWS.items()}
 # A deprecated name of another loss, which it calls with `axis` and `where`.
 ALIASES = {name: row.alias_of for name, row in ROWS.items() if row.alias_of}
-LOSSES = tuple(ROWS)
+LOSSES = tuple(sorted(ROWS))
 
 
 @functools.cache
