@@ -919,7 +919,7 @@ class StagedTest(StagingTestCase):
     )
     few = ("log_cosh",)
     out = python(self.root, "-c", script, *few)
-    self.assertIn("optax: 1 of 1 losses clean", out)
+    self.assertIn("optax: 1 of 1 loss clean", out)
     self.assertRegex(out, r"\b[1-9]\d* passed")
 
   @pytest.mark.nightly
