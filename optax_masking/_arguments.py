@@ -320,9 +320,7 @@ def is_debugging() -> bool:
   """Whether JAX looks for NaN or infinity, or runs operation by operation.
 
   Then each operation on garbage would be reported, or hide the one that is to
-  be found. A program that was compiled before a flag was set may be used after:
-  its numbers are the same, and to find what made its result NaN, JAX traces it
-  anew, operation by operation.
+  be found.
   """
   flags = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
   return any(getattr(jax.config, flag) for flag in flags)

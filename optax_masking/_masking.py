@@ -58,6 +58,7 @@ from optax_masking._arguments import (
   constants_and_inputs,
   dtype_without_sharding,
   fill_all,
+  is_debugging,
 )
 from optax_masking._signatures import (
   accepting_axis_and_where,
@@ -234,7 +235,7 @@ def masked_inputs(
           arrays = arrays_to_fill(call, fills)
           arguments = {**call.arguments, **arrays}
           where = boolean_mask(arguments.pop("where"))
-          if compiled:
+          if compiled and not is_debugging():  # A program may outlive a flag.
             divided = constants_and_inputs(arguments, arrays, fills, signature)
             if divided is not None:
               # What it refuses is refused once more, without JAX's frames.

@@ -1,5 +1,6 @@
 """What is particular to a loss: hand-worked numbers, labels, extremes."""
 
+import functools
 import math
 import warnings
 
@@ -507,6 +508,20 @@ class OperationsTest(parameterized.TestCase):
             case.loss(x, *others, where=where)
         else:
           case.loss(x, *others, where=where)
+
+  def test_no_program_is_kept(self):
+    """After the search a call is the cheap program again."""
+    labels, where = jnp.ones((3, 7)), np.ones((3, 7), bool)
+
+    def program():
+      loss = functools.partial(optax.smooth_labels, alpha=0.1, where=where)
+      return str(jax.make_jaxpr(loss)(labels))
+
+    with jax.debug_nans(True):
+      searching = program()
+    cheap = program()
+    self.assertIn("reduce_or", searching)
+    self.assertNotIn("reduce_or", cheap)
 
 
 @pytest.mark.slow
