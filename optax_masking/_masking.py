@@ -221,8 +221,9 @@ def masked_inputs(
         reduces_batch,
       )
 
-    @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
-    def masked_and_compiled(constants, inputs, to_fill, where):
+    # A search for NaN has programs of its own, which do not outlive it.
+    @functools.partial(jax.jit, static_argnums=(0, 2, 4), inline=True)
+    def masked_and_compiled(constants, inputs, to_fill, where, _debugging):
       given = {name: x for name, x, _ in constants}
       return masked({**given, **inputs}, to_fill, where)
 
@@ -235,12 +236,14 @@ def masked_inputs(
           arrays = arrays_to_fill(call, fills)
           arguments = {**call.arguments, **arrays}
           where = boolean_mask(arguments.pop("where"))
-          if compiled and not is_debugging():  # A program may outlive a flag.
+          if compiled:
             divided = constants_and_inputs(arguments, arrays, fills, signature)
             if divided is not None:
               # What it refuses is refused once more, without JAX's frames.
               with contextlib.suppress(TypeError, ValueError, AssertionError):
-                return masked_and_compiled(*divided, tuple(arrays), where)
+                return masked_and_compiled(
+                  *divided, tuple(arrays), where, is_debugging()
+                )
           return masked(arguments, arrays, where)
         except Exception:
           call.arguments["where"] = None
