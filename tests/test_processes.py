@@ -42,20 +42,26 @@ def run_pytest(*arguments, **environment):
   assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.slow
-def test_float64():
-  """The contract in float64, which JAX has only where it starts with it."""
-  run_pytest(*OF_A_PROPERTY, "test_losses.py", JAX_ENABLE_X64="1")
-
-
-@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="JAX is too old.")
-@pytest.mark.parametrize(
+by_day_and_night = pytest.mark.parametrize(
   "marked",
   [
     pytest.param("not nightly", marks=pytest.mark.slow),
     pytest.param("nightly", marks=pytest.mark.nightly),
   ],
 )
+
+
+@by_day_and_night
+def test_float64(marked):
+  """The contract in float64, which JAX has only where it starts with it."""
+  files = OF_A_PROPERTY
+  if marked == "nightly":
+    files, marked = (*files, "test_losses.py"), "nightly or slow"
+  run_pytest(*files, "-m", marked, JAX_ENABLE_X64="1")
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="JAX is too old.")
+@by_day_and_night
 def test_eight_devices(marked):
   run_pytest("eight_devices.py", "-m", marked, DEVICES="8")
 
