@@ -18,7 +18,7 @@ import numpy as np
 import padded_model
 import pytest
 from absl.testing import absltest, parameterized
-from cases import BY_NAME, NAMED, assert_close, masks, row_masks
+from cases import BY_NAME, NAMED, assert_all_close, masks, row_masks
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from test_transforms import shard_map
 
@@ -137,14 +137,14 @@ class LossesTest(parameterized.TestCase):
         self.assertEqual(str(of_optax.exception)[:40], str(e)[:40])
         self.skipTest(f"nor does Optax's loss: {e}")
       got = program(*given)
-      largest = largest_collective(program.as_text())
+      exchanged = largest_collective(program.as_text())
       if axis == -1:  # It sums over classes, or counts them.
-        self.assertGreater(largest, 0)
+        self.assertGreater(exchanged, 0)
       limit = EXAMPLES
       if case.name in EXCHANGING:
         program = unmasked(case).lower(*given).compile()
         limit = max(limit, largest_collective(program.as_text()))
-      self.assertLessEqual(largest, limit)
+      self.assertLessEqual(exchanged, limit)
     self.check(got, on_one_device(case))
 
   @parameterized.parameters(sorted(FEW))
@@ -194,9 +194,7 @@ class LossesTest(parameterized.TestCase):
     self.assertEqual(largest_collective(line), expected)
 
   def check(self, got, expected):
-    jax.tree.map(
-      lambda a, b: assert_close(a, b, "float32", roundings=64), got, expected
-    )
+    assert_all_close(got, expected, "float32", roundings=64)
 
 
 def pmean(function):

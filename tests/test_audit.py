@@ -266,8 +266,11 @@ class OptaxTest(parameterized.TestCase):
   def of_optax(self, name):
     return audit_of_optax(name, *self.options)
 
-  def test_gradient_of_labels_on_clean_data(self):
-    self.check_gradient_of_labels("softmax_cross_entropy")
+  def test_softmax(self):
+    """Gradients of labels on clean data, and a mask of the wrong axis."""
+    name = "softmax_cross_entropy"
+    self.check_gradient_of_labels(name)
+    self.assertTrue(self.found(name, clause="compaction", derivative="value"))
 
   def check_gradient_of_labels(self, name):
     self.assertTrue(
@@ -320,6 +323,7 @@ class OptaxTest(parameterized.TestCase):
     self.assertTrue(self.found("smooth_labels", clause="empty"))
     self.assertTrue(self.found("smooth_labels", clause="clean_arithmetic"))
 
+  @pytest.mark.nightly
   def test_masks_of_examples(self):
     """Which a quick audit leaves out."""
     self.check_masks_of_examples("kl_divergence")
@@ -332,13 +336,6 @@ class OptaxTest(parameterized.TestCase):
       ("compaction", "value"),
       {(finding["clause"], finding["derivative"]) for finding in found},
       "if B is C",
-    )
-
-  def test_a_mask_of_examples_along_the_second_axis(self):
-    self.assertTrue(
-      self.found(
-        "softmax_cross_entropy", clause="compaction", derivative="value"
-      )
     )
 
   def test_losses_without_mask(self):

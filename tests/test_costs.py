@@ -14,7 +14,14 @@ import numpy as np
 import optax as upstream
 import pytest
 from absl.testing import absltest, parameterized
-from cases import DTYPES, NAMED, assert_allclose, assert_close, row_masks
+from cases import (
+  DTYPES,
+  assert_all_close,
+  assert_allclose,
+  assert_close,
+  each_case,
+  row_masks,
+)
 
 import optax_masking as optax
 from benchmarks.counters import counters, kept, scanned_temporaries
@@ -207,9 +214,10 @@ class PrecisionTest(parameterized.TestCase):
     masked = functools.partial(getattr(optax, name), labels=labels, where=where)
     errors = []
     for loss in (masked, original):
-      value = np.asarray(loss(logits), "float64")
-      gradient = jax.grad(lambda x, loss=loss: jnp.sum(loss(x)))(logits)
-      gradient = np.asarray(gradient, "float64")
+      value, gradient = jax.jit(
+        lambda x, loss=loss: (loss(x), jax.grad(lambda x: loss(x).sum())(x))
+      )(logits)
+      value, gradient = (np.asarray(a, "float64") for a in (value, gradient))
       errors.append(
         [np.mean(np.abs(value - exact)), np.mean(np.abs(gradient - slope))]
       )
@@ -228,33 +236,34 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
+@each_case(dtypes=DTYPES[:1], mechanisms=True)
+def test_recompilation(case, dtype):
+  """Outside of `jit` too, only the first call of a shape compiles."""
+  arguments = case.arguments(dtype)
+  backwards = [jnp.flip(x) for x in arguments]
+  first, *others = row_masks(case.shape).values()
+
+  def run(arguments, where):
+    def total(x):
+      return jnp.sum(case.loss(x, *arguments[1:], where=where))
+
+    # JAX compiles the backward pass of a scan each time, also of Optax's.
+    if case.compacts:
+      jax.grad(total)(arguments[0])
+    return total(arguments[0])
+
+  run(arguments, first)
+  COMPILED.clear()
+  for where in others:
+    run(arguments, where)
+    run(backwards, where)
+  assert not COMPILED
+  jax.jit(lambda x: x)(arguments[0])  # The list is not always empty.
+  assert COMPILED
+
+
 @pytest.mark.slow
 class EagerTest(parameterized.TestCase):
-  @parameterized.named_parameters(NAMED)
-  def test_recompilation(self, case):
-    """Outside of `jit` too, only the first call of a shape compiles."""
-    arguments = case.arguments(DTYPES[0])
-    backwards = [jnp.flip(x) for x in arguments]
-    first, *others = row_masks(case.shape).values()
-
-    def run(arguments, where):
-      def total(x):
-        return jnp.sum(case.loss(x, *arguments[1:], where=where))
-
-      # JAX compiles the backward pass of a scan each time, also of Optax's.
-      if case.compacts:
-        jax.grad(total)(arguments[0])
-      return total(arguments[0])
-
-    run(arguments, first)
-    COMPILED.clear()
-    for where in others:
-      run(arguments, where)
-      run(backwards, where)
-    self.assertEmpty(COMPILED)
-    jax.jit(lambda x: x)(arguments[0])  # The list is not always empty.
-    self.assertNotEmpty(COMPILED)
-
   @parameterized.parameters(
     ("smooth_labels", "alpha"),
     ("sigmoid_focal_loss", "alpha"),
@@ -282,7 +291,7 @@ class EagerTest(parameterized.TestCase):
           self.assertEmpty(COMPILED)
         expected = original(*data, **{parameter: number})
         self.assertEqual(got.dtype, expected.dtype)
-        assert_close(got, expected, DTYPES[0])
+        assert_all_close(got, expected, DTYPES[0])
     if parameter == "alpha":
       return  # It is at most 1.
     for number in (2**40, -(2**40)):  # It may be more than an input holds.

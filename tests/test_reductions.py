@@ -20,6 +20,7 @@ from cases import (
   assert_close,
   assert_equal,
   float_poisons,
+  largest,
 )
 from test_transforms import shard_map
 
@@ -123,11 +124,12 @@ class MaskTest(parameterized.TestCase):
     for poison in float_poisons(dtype):
       got, gradients = run(*(jnp.where(where, a, poison) for a in (x, weights)))
       for number, expected in zip(got, values, strict=True):
-        assert_close(number, expected, dtype)
+        assert_close(number, expected, dtype, terms=largest(x))
         assert_equal(np.asarray(number)[empty], 0)
       assert_close(gradients[0], of_x, dtype)
       if weighted:
-        assert_close(gradients[1], of_weights, dtype)
+        terms = largest(x / weights)  # Each is of x less the mean.
+        assert_close(gradients[1], of_weights, dtype, terms=terms)
       for gradient in gradients:
         assert_equal(np.asarray(gradient)[~where], 0)
 
@@ -202,7 +204,7 @@ class MaskTest(parameterized.TestCase):
           )
         )
       )(weights.ravel())
-      assert_close(got, expected, DTYPE)
+      assert_close(got, expected, DTYPE, terms=largest(expected))
       assert_equal(np.asarray(got)[~both], 0)
 
   @parameterized.product(dtype=DTYPES, axis=(None, 1, (0, -1)))

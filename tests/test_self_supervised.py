@@ -8,7 +8,12 @@ import numpy as np
 import optax as upstream
 import pytest
 from absl.testing import absltest, parameterized
-from cases import DTYPES, assert_allclose, assert_close, assert_equal
+from cases import (
+  DTYPES,
+  assert_all_close,
+  assert_allclose,
+  assert_equal,
+)
 
 import optax_masking as optax
 
@@ -33,7 +38,6 @@ class NtxentTest(parameterized.TestCase):
     assert_allclose(got, math.log(1 + 1 / math.e), rtol=1e-6)
 
   @parameterized.product(
-    dtype=DTYPES,
     rows=(
       (1, 1, 1, 1, 1, 1, 1),
       (1, 1, 1, 0, 1, 1, 1),
@@ -43,8 +47,9 @@ class NtxentTest(parameterized.TestCase):
     ),
     temperature=(0.07, 1.0),
   )
-  def test_rows(self, dtype, rows, temperature):
+  def test_rows(self, rows, temperature):
     """The loss of the rows that are left, with garbage in the others."""
+    dtype = DTYPES[sum(rows) % len(DTYPES)]
     rows = np.array(rows, bool)
     x = jnp.asarray(EMBEDDINGS, dtype)
     garbage = jnp.where(rows[:, None], x, NAN)
@@ -61,12 +66,12 @@ class NtxentTest(parameterized.TestCase):
       )
 
     with jax.debug_nans(True), jax.debug_infs(True):
-      value, gradient = jax.value_and_grad(got)(garbage)
+      value, gradient = jax.jit(jax.value_and_grad(got))(garbage)
     self.assertEqual(value.dtype, dtype)
+    right = jax.jit(jax.value_and_grad(expected))(x)
     # Each similarity is divided by the temperature.
     roundings = 16 / temperature
-    assert_close(value, expected(x), dtype, roundings=roundings)
-    assert_close(gradient, jax.grad(expected)(x), dtype, roundings=roundings)
+    assert_all_close((value, gradient), right, dtype, roundings=roundings)
     assert_equal(gradient[~rows], 0)
 
   @parameterized.parameters(
@@ -84,7 +89,7 @@ class NtxentTest(parameterized.TestCase):
       value, gradient = jax.value_and_grad(loss)(EMBEDDINGS)
       self.assertEqual(value, 0)
       assert_equal(gradient, 0)
-    assert_equal(jax.hessian(loss)(EMBEDDINGS), 0)
+    assert_equal(jax.jit(jax.hessian(loss))(EMBEDDINGS), 0)
 
   def test_low_temperature(self):
     """No exponential of a positive pair is 0, as it may be in Optax."""
@@ -103,9 +108,7 @@ class NtxentTest(parameterized.TestCase):
     for where in (True, np.ones(7, bool), np.ones((7, 3), bool)):
       got = jax.value_and_grad(optax.ntxent)(x, LABELS, where=where)
       expected = jax.value_and_grad(upstream.ntxent)(x, LABELS)
-      jax.tree.map(
-        lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected
-      )
+      jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4), got, expected)
 
   def test_honesty_without_a_negative_pair(self):
     x = np.where(np.arange(7)[:, None] == 1, NAN, EMBEDDINGS)
@@ -193,11 +196,11 @@ class TripletTest(parameterized.TestCase):
       jax.grad(got, (0, 1, 2))(*garbage)
     for derivative in (jax.grad, jax.hessian):
       for a, b in zip(
-        jax.tree.leaves(derivative(got, (0, 1, 2))(*garbage)),
-        jax.tree.leaves(derivative(expected, (0, 1, 2))(*x)),
+        jax.tree.leaves(jax.jit(derivative(got, (0, 1, 2)))(*garbage)),
+        jax.tree.leaves(jax.jit(derivative(expected, (0, 1, 2)))(*x)),
         strict=True,
       ):
-        assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert_allclose(a, b, rtol=1e-4)
 
   def test_vectors_of_one_entry(self):
     """Optax counts their distances once; under a mask that has no meaning."""

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, assert_close, each_case, masks, row_masks
+from cases import (
+  DTYPES,
+  assert_all_close,
+  assert_close,
+  each_case,
+  masks,
+  row_masks,
+)
 from jax.experimental import checkify
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -134,12 +141,7 @@ def test_derivatives(case, dtype, transform):
       with pytest.raises(TypeError, match="scan body function carry"):
         theirs(where, *clean)
       pytest.skip("nor does Optax's loss")
-    # A second derivative is a difference of larger numbers.
-    jax.tree.map(
-      lambda a, b: assert_close(a, b, dtype, roundings=roundings),
-      got,
-      expected,
-    )
+    assert_all_close(got, expected, dtype, roundings=roundings)
 
 
 @each_case(dtypes=DTYPES[:1], mechanisms=True)
@@ -162,9 +164,7 @@ def test_reverse_over_reverse(case, dtype):
       for jac in (jax.jacfwd, jax.jacrev)
     ]
   )(*floats)
-  jax.tree.map(
-    lambda a, b: assert_close(a, b, dtype, roundings=64), reverse, forward
-  )
+  assert_all_close(reverse, forward, dtype, roundings=64)
 
 
 @each_case(dtypes=DTYPES[:1], mechanisms=True)
