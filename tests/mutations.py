@@ -242,7 +242,6 @@ def main():
     os.environ["PYTHONPATH"] = str(copy)
     # Most programs are those of other mutants.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     collect = [*shlex.split(PYTEST), "--collect-only"]
     subprocess.run(collect, check=True, stdout=subprocess.DEVNULL)
     package = pathlib.Path("optax_masking")
@@ -259,7 +258,7 @@ def main():
     survivors = {}
     for i, (what, (path, changed, m)) in enumerate(every):
       print(f"{i + 1}/{len(every)} {what}", end=": ", flush=True)
-      diff, by = survivor(m, commands(path, changed, uses, random.Random(what)))
+      diff, by = survivor(m, commands(path, changed, uses))
       print(by, diff or "", flush=True)
       survivors |= {what: diff} if diff else {}
   for what, diff in survivors.items():
