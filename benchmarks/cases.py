@@ -67,7 +67,11 @@ class Case:
     """The loss of a package, as a function of arrays and maybe `where`."""
     row = ROWS[self.name]
     loss = row.of(package.losses)
-    return functools.partial(loss, axis=self.axis) if row.has_axis else loss
+    return (
+      functools.partial(loss, axis=self.axis)
+      if row.has_axis_of_slices
+      else loss
+    )
 
   @property
   def takes_where(self) -> bool:
@@ -97,7 +101,7 @@ def make_case(name: str, dtype: str, shape: tuple[int, ...], axis: int) -> Case:
     The case, in the shape nearest to this one that Optax's loss can take.
   """
   row = ROWS[name]
-  if not (row.elementwise or row.has_axis):
+  if not (row.elementwise or row.has_axis_of_slices):
     classes_last = (*np.delete(shape, axis).tolist(), shape[axis])
     shape, axis = row.fit(classes_last), -1
   return Case(name, shape, axis, row.arguments(dtype, shape, axis))

@@ -17,7 +17,6 @@ from optax_masking._source import (
   needed,
   sort_key,
 )
-from optax_masking.losses._original import original
 from optax_masking.losses._table import ROWS
 
 _PACKAGE = pathlib.Path(__file__).parent
@@ -192,14 +191,15 @@ def _cases(names: Collection[str]) -> str:
     row = ROWS[name]
     makers = [make.__name__ for make in row.data]
     loss = f"losses.{name}"
-    used |= {*makers, row.adapt.__name__}
-    if row.of(original) is not vars(original)[name]:
+    used |= {*makers}
+    if row.adapt:
+      used.add(row.adapt.__name__)
       loss = f"{row.adapt.__name__}({loss})"
     rows += (
       f'    (\n        "{name}",\n        {loss},\n'
       f"        _arrays({row.fit((4, 6, 5))}, {', '.join(makers)}),\n    ),\n"
     )
-  definitions = needed(table.tree.body, used - {"_itself"})
+  definitions = needed(table.tree.body, used)
   code = joined([(node, table.source(node)) for node in definitions])
   comment = "# The name of a loss, a function of arrays, and the arrays."
   return f"{code}\n\n{comment}\n_CASES = (\n{rows})\n"

@@ -6,7 +6,7 @@ What there is to know of a loss is in `optax_masking/losses/_table.py`.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,23 @@ class Case(table.Row):
   @functools.cached_property
   def original(self) -> Callable[..., jax.Array]:
     return self.of(upstream.losses)
+
+  def with_floats(self, arguments: Sequence, floats: Sequence) -> list:
+    """The arguments, with others in the place of the floating ones."""
+    given = dict(enumerate(arguments))
+    return list(
+      (given | dict(zip(self.floating, floats, strict=True))).values()
+    )
+
+  def garbled(self, arguments: Sequence, where: np.ndarray) -> list[jax.Array]:
+    """The arguments, with NaN or no class in what is masked."""
+    where = np.broadcast_to(where, self.shape)
+    return [
+      jnp.where(
+        self.masked(p, where), np.nan if p in self.floating else -100, x
+      )
+      for p, x in enumerate(arguments)
+    ]
 
   def masked(self, position: int, where: np.ndarray) -> np.ndarray:
     """What a mask of the data's shape masks of an argument."""
@@ -92,26 +109,30 @@ def each_case(
   """
   dtypes = tuple(dtypes)
   mechanisms = mechanisms or jax.config.jax_enable_x64
+
+  def marks(case, number, kind):
+    is_one = case.name in MECHANISMS
+    if mechanisms:  # In the dtypes in turn.
+      by_day = is_one and MECHANISMS.index(case.name) % len(dtypes) == number
+    else:  # A loss that is an output of another has a program like its own.
+      by_day = not number or (
+        (kind != "rows" or is_one) and case.output_of is None
+      )
+    if not by_day:
+      return [pytest.mark.nightly]
+    if mechanisms or not quick or number or kind == "rows":
+      return [pytest.mark.slow]
+    return []
+
   parameters = []
   for case, (number, dtype), kind in itertools.product(
     CASES, enumerate(dtypes), KINDS if kinds else (None,)
   ):
-    is_first = case.name in MECHANISMS
-    nightly = case.output_of and number  # The program of the other.
-    if mechanisms:
-      nightly = (
-        not is_first or MECHANISMS.index(case.name) % len(dtypes) != number
-      )
-    elif kind == "rows" and number:
-      nightly = nightly or not is_first
-    marks = []
-    if nightly:
-      marks = [pytest.mark.nightly]
-    elif mechanisms or not quick or number or kind not in (None, "elements"):
-      marks = [pytest.mark.slow]
     values = (case, dtype, kind) if kinds else (case, dtype)
     name = "-".join([case.name, *values[1:]])
-    parameters.append(pytest.param(*values, id=name, marks=marks))
+    parameters.append(
+      pytest.param(*values, id=name, marks=marks(case, number, kind))
+    )
   names = ("case", "dtype", "kind") if kinds else ("case", "dtype")
   return pytest.mark.parametrize(names, parameters)
 
@@ -148,10 +169,11 @@ def assert_close(
 
 
 def assert_all_close(got, expected, dtype: str, roundings: float = 16.0):
-  """Compares trees of numbers that are differences of others among them."""
-  terms = largest(expected)
+  """Compares trees, each array relative to the largest number in it."""
   jax.tree.map(
-    lambda a, b: assert_close(a, b, dtype, "", roundings, terms), got, expected
+    lambda a, b: assert_close(a, b, dtype, "", roundings, largest(b)),
+    got,
+    expected,
   )
 
 

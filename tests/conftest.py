@@ -1,4 +1,4 @@
-"""More devices than one, and which tests are left out of the quick subset."""
+"""Settings of JAX for all tests, and in which process pytest runs them."""
 
 import os
 import pathlib
@@ -9,14 +9,14 @@ import pytest
 
 # To compile takes three quarters of the time. XLA's programs are kept for the
 # next run, and for the processes that tests start.
-PROGRAMS = {
+CACHE = {
   "jax_compilation_cache_dir": str(
     pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
   ),
   "jax_persistent_cache_min_compile_time_secs": 0.0,
   "jax_persistent_cache_min_entry_size_bytes": -1,
 }
-for name, value in PROGRAMS.items():
+for name, value in CACHE.items():
   given = os.environ.setdefault(name.upper(), str(value))
   jax.config.update(name, type(value)(given))
 jax.config.update("jax_num_cpu_devices", int(os.environ.get("DEVICES", "2")))
@@ -34,11 +34,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-  """Keeps the tests of a loss in one process, where they share a program."""
+  """Keeps the tests of a loss in one process, where they share a program.
+
+  And those of the copy with a new loss. The groups of xdist itself are not kept
+  with pytest 9.
+  """
   from xdist.scheduler import LoadScopeScheduling
 
   class ByLoss(LoadScopeScheduling):
     def _split_scope(self, nodeid):
-      return re.sub(r".*\[(\w+)-.*", r"\1", nodeid)
+      of_loss = re.search(r"\[(\w+)-|(test_new_loss)", nodeid)
+      return of_loss[0] if of_loss else nodeid
 
   return ByLoss(config, log)

@@ -5,6 +5,8 @@ formula takes real or complex numbers, as wide as NumPy has them. A complex step
 gives the derivative to the last digit: that of `f` at `x` is the imaginary part
 of `f(x + ih)` divided by `h`, in which nothing is subtracted. What cancels in a
 formula is written so that it does not: `log(p)` as `-log1p(sum of ratios)`.
+NumPy orders complex numbers by their real parts first, so a maximum takes its
+derivative along.
 """
 
 import itertools
@@ -252,7 +254,7 @@ def _value(case, arguments, where):
   for i, kept in enumerate(where):
     row = [x[i] for x in arguments]
     for p in case.positions(table.class_index):
-      kept = kept & kept[row[p]]  # If not, nothing is left of the example.
+      kept = kept & kept[row[p]]  # If not, the example is empty.
       row[p] = np.sum(kept[: row[p]])
     if kept.any():
       row = [x[kept] if np.ndim(x) else x for x in row]
@@ -293,7 +295,7 @@ def _wide(case, arguments):
   ]
 
 
-def reference(case, arguments, where, weights, tangents=None):
+def reference(case, arguments, where, weights, tangents):
   """The value, the gradients, and how both change along tangents.
 
   Args:
@@ -302,47 +304,27 @@ def reference(case, arguments, where, weights, tangents=None):
     where: A mask of the shape of the data.
     weights: What the loss is multiplied by before it is summed and
       differentiated, of its shape.
-    tangents: A direction for each floating argument, or None.
+    tangents: A direction for each floating argument.
 
   Returns:
-    The value and the gradients, and with tangents also their derivatives, in
-    that direction, in a dictionary. What is masked has a derivative of 0.
+    The value, the gradients, and their derivatives in that direction, in a
+    dictionary. What is masked has a derivative of 0.
   """
   arguments = _wide(case, arguments)
   weights = np.asarray(weights, WIDE)
-  result = {
-    "value": _value(case, arguments, where),
-    "vjp": _gradients(case, arguments, where, weights),
-  }
-  if tangents is None:
-    return result
-  tangents = dict(
-    zip(
-      case.floating,
-      (np.where(where, np.asarray(t, WIDE), 0) for t in tangents),
-      strict=True,
-    )
-  )
-  stepped = [
-    x + 1j * STEP * tangents.get(p, 0) if p in tangents else x
-    for p, x in enumerate(arguments)
-  ]
-  result["jvp"] = _value(case, stepped, where).imag / STEP
+  tangents = [np.where(where, np.asarray(t, WIDE), 0) for t in tangents]
+
+  def moved(step):
+    floats = [arguments[p] for p in case.floating]
+    moved = [x + step * t for x, t in zip(floats, tangents, strict=True)]
+    return case.with_floats(arguments, moved)
+
   # Of exact gradients the central difference is good for 12 digits.
   h = WIDE(1e-6)
-  plus, minus = (
-    _gradients(
-      case,
-      [
-        x + s * tangents[p] if p in tangents else x
-        for p, x in enumerate(arguments)
-      ],
-      where,
-      weights,
-    )
-    for s in (h, -h)
-  )
-  result["hessian"] = [
-    (a - b) / (2 * h) for a, b in zip(plus, minus, strict=True)
-  ]
-  return result
+  plus, minus = (_gradients(case, moved(s), where, weights) for s in (h, -h))
+  return {
+    "value": _value(case, arguments, where),
+    "vjp": _gradients(case, arguments, where, weights),
+    "jvp": _value(case, moved(1j * STEP), where).imag / STEP,
+    "hessian": [(a - b) / (2 * h) for a, b in zip(plus, minus, strict=True)],
+  }

@@ -66,35 +66,32 @@ class Lane:
 
 
 def weights(shape: tuple[int, ...]) -> np.ndarray:
-  """What a loss is multiplied by, so that no two of its elements are alike."""
-  return np.linspace(0.5, 1.5, int(np.prod(shape)), dtype="float32").reshape(
-    shape
-  )
+  """What a loss is multiplied by, so that no two of its elements are alike.
+
+  Every dtype has them exactly.
+  """
+  return 0.5 + np.arange(np.prod(shape)).reshape(shape) % 64 / 64
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def run(loss, floating, arguments, where, tangents):
+def derivatives(case: Case, loss, arguments, where, tangents):
   """All derivatives of a loss, for lanes."""
 
   def lane(arguments, where, tangents):
     keywords = {} if where is None else {"where": where}
 
     def total(floats):
-      given = list(arguments)
-      for p, x in zip(floating, floats, strict=True):
-        given[p] = x
-      value = loss(*given, **keywords)
+      value = loss(*case.with_floats(arguments, floats), **keywords)
       return jnp.sum(value * weights(value.shape).astype(value.dtype)), value
 
     gradient = jax.grad(total, has_aux=True)
-    floats = [arguments[p] for p in floating]
+    floats = [arguments[p] for p in case.floating]
     (vjp, value), (hessian, jvp) = jax.jvp(gradient, (floats,), (tangents,))
     return {"value": value, "jvp": jvp, "vjp": vjp, "hessian": hessian}
 
   return jax.vmap(lane)(arguments, where, tangents)
 
 
-def fill_in(case: Case, loss, lanes: list[Lane], wheres) -> None:
+def run(case: Case, loss, lanes: list[Lane], wheres) -> None:
   """Runs the program for lanes, and gives each its outputs."""
   arguments = [
     np.stack(x) for x in zip(*(x.arguments for x in lanes), strict=True)
@@ -103,7 +100,8 @@ def fill_in(case: Case, loss, lanes: list[Lane], wheres) -> None:
     np.stack(x) for x in zip(*(x.tangents for x in lanes), strict=True)
   ]
   where = None if wheres is None else np.stack(wheres)
-  outputs = run(loss, case.floating, arguments, where, tangents)
+  program = jax.jit(derivatives, static_argnums=(0, 1))
+  outputs = program(case, loss, arguments, where, tangents)
   outputs = jax.tree.map(np.asarray, outputs)
   for i, lane in enumerate(lanes):
     lane.outputs = jax.tree.map(lambda x, i=i: x[i], outputs)
@@ -182,7 +180,7 @@ def lanes(case: Case, dtype: str, kind: str) -> tuple[Lane, ...]:
     more += accuracy(case, dtype, name, whole)
     found += more
     wheres += [where] * len(more)
-  fill_in(case, case.loss, found, wheres)
+  run(case, case.loss, found, wheres)
   return tuple(found)
 
 
@@ -204,7 +202,8 @@ def accuracy(case: Case, dtype: str, mask: str, where: np.ndarray):
       if sample % 2:
         arguments = confident(case, arguments, where)
       for p in case.positions(table.class_index):
-        own = of_label(where, arguments[p])[:, 0]  # If not, one that is.
+        # The masks of the accuracy include class 0.
+        own = of_label(where, arguments[p])[:, 0]
         arguments[p] = np.where(own, arguments[p], 0)
       tangents = directions(case, arguments)
       what = f"scale {scale}, sample {sample}"
@@ -256,7 +255,7 @@ def without_mask(case: Case, dtype: str, kind: str) -> list[Lane]:
   found = [
     compacted(case, lane) for lane in selected(case, dtype, kind, "accuracy")
   ]
-  fill_in(case, case.original, found, None)
+  run(case, case.original, found, None)
   return found
 
 

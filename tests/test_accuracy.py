@@ -14,6 +14,9 @@ from formulas import UNCERTAINTY
 from lanes import expected, selected, without_mask
 
 QUANTILES = (0.5, 0.98)
+# Where the errors of Optax jump, as at the second derivatives of the focal loss
+# from 1e-7 to 1, a few numbers more on one side decide.
+SLACK = 0.01
 
 
 def relative_errors(case, lanes, dtype):
@@ -32,10 +35,7 @@ def relative_errors(case, lanes, dtype):
         counts = (size >= float(info.tiny)) & (size <= float(info.max))
         error = np.abs(g.astype("longdouble") - r)[counts] / size[counts]
         found.setdefault(name, []).append(error.astype("float64"))
-  return {
-    name: np.nan_to_num(np.concatenate(errors), nan=np.inf, posinf=np.inf)
-    for name, errors in found.items()
-  }
+  return {name: np.concatenate(errors) for name, errors in found.items()}
 
 
 @each_case(kinds=True, quick=False)
@@ -50,11 +50,13 @@ def test_quantiles(case, dtype, kind):
   theirs = relative_errors(case, unmasked, dtype)
   few = 4 * float(jnp.finfo(dtype).eps)
   for name, errors in ours.items():
-    for q in QUANTILES if len(errors) else ():
-      # One that was found, not a mean of two, of which one may be infinite.
-      got, floor = (
-        np.quantile(x, q, method="lower") for x in (errors, theirs[name])
-      )
+    if not len(errors):
+      continue  # These derivatives are 0.
+    finite, floors = (x[np.isfinite(x)] for x in (errors, theirs[name]))
+    lost, limit = len(errors) - len(finite), len(theirs[name]) - len(floors)
+    assert lost <= limit + SLACK * len(errors), f"{name}: {lost} are not finite"
+    for q in QUANTILES:
+      got, floor = np.quantile(finite, q), np.quantile(floors, q + SLACK)
       limit = max(4 * floor, few) + UNCERTAINTY * (name == "hessian")
       assert got <= limit, (
         f"{name}: the {q:.0%} quantile of the relative errors is {got:.2g}, and"

@@ -25,17 +25,12 @@ from cases import (
 )
 
 import optax_masking as optax
+from optax_masking._wrappers import refuses_ambiguous_where
 
 REDUCING = [(name, c) for name, c in SLICED if not c.elementwise]
 # Whose callers may mean by a mask of lower rank one of the last axis.
-RIGHT_ALIGNED = [(name, c) for name, c in NAMED if c.right_aligned]
+RIGHT_ALIGNED = [(n, c) for n, c in NAMED if refuses_ambiguous_where(n)]
 ONE_READING = [pair for pair in REDUCING if pair not in RIGHT_ALIGNED]
-
-
-def has_axis(case):
-  """Whether Optax's loss has `axis`."""
-  loss = getattr(upstream.losses, case.name)
-  return "axis" in inspect.signature(loss).parameters
 
 
 def error_of(function, *args, **kwargs):
@@ -244,7 +239,7 @@ class AxisTest(parameterized.TestCase):
     arguments = case.arguments(DTYPES[0])
     for axis in (2, -3, (0, 0), (1, -1), "batch", 1.0):
       # Where Optax has no `axis`, without a mask our error is raised, too.
-      loss = case.original if has_axis(case) else case.loss
+      loss = case.original if case.takes("axis") else case.loss
       expected = error_of(loss, *arguments, axis=axis)
       got = error_of(case.loss, *arguments, axis=axis, where=True)
       self.assertIs(type(got), type(expected))

@@ -6,18 +6,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, each_case, masks, row_masks
 from jax.experimental import checkify
-from lanes import directions, run
-
-
-def garbled(case, arguments, where):
-  return [
-    jnp.where(
-      case.masked(position, np.broadcast_to(where, case.shape)),
-      jnp.nan if position in case.floating else -100,
-      x,
-    )
-    for position, x in enumerate(arguments)
-  ]
+from lanes import derivatives, directions
 
 
 # bfloat16 has the range of float32, and so the same extremes.
@@ -27,21 +16,18 @@ def test_debug_nans_and_infs(case, dtype):
   clean = case.arguments(dtype)
 
   def total(floats, arguments, where):
-    arguments = list(arguments)
-    for position, x in zip(case.floating, floats, strict=True):
-      arguments[position] = x
+    given = case.with_floats(arguments, floats)
     # Scaled, as a loss in half precision is, and as a weighted one may be.
-    return jnp.sum(128 * case.loss(*arguments, where=where))
+    return jnp.sum(128 * case.loss(*given, where=where))
 
   for where in (masks(case.shape) | row_masks(case.shape)).values():
-    arguments = garbled(case, clean, where)
+    arguments = case.garbled(clean, where)
     floats = [arguments[p] for p in case.floating]
     with jax.debug_nans(True), jax.debug_infs(True):
-      case.loss(*arguments, where=where)
-      jax.grad(total)(floats, arguments, where)
-      if not where.all():  # The tools are on, and look.
-        with pytest.raises(FloatingPointError):
-          case.original(*arguments)
+      jax.value_and_grad(total)(floats, arguments, where)
+  # They are on, and look.
+  with jax.debug_nans(True), pytest.raises(FloatingPointError):
+    case.original(*arguments)
 
 
 @each_case(dtypes=DTYPES[:1], mechanisms=True)
@@ -51,7 +37,7 @@ def test_checkify(case, dtype):
   tangents = [t[None] for t in directions(case, [x[0] for x in arguments])]
   checked = jax.jit(
     checkify.checkify(
-      lambda *given: run.__wrapped__(case.loss, case.floating, *given),
+      lambda *given: derivatives(case, case.loss, *given),
       checkify.nan_checks,
     )
   )

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from cases import assert_close, bits, each_case, largest, masks
+from cases import assert_all_close, bits, each_case, masks
 from formulas import value
 from lanes import selected
 
@@ -46,5 +46,5 @@ def test_infinity(case, dtype):
       for kind in (np.isnan, np.isposinf, np.isneginf):
         np.testing.assert_array_equal(kind(got), kind(right))
       finite = np.isfinite(right)
-      terms = largest([x[np.isfinite(x)] for x in arguments])
-      assert_close(got[finite], right[finite], dtype, terms=terms)
+      if finite.any():
+        assert_all_close(got[finite], right[finite], dtype)

@@ -448,20 +448,15 @@ class ConfidentTest(parameterized.TestCase):
 
 def with_garbage(case):
   """Of the floating arguments: sums of losses under masks, and garbage."""
-  clean = case.arguments(DTYPES[0])
-  floats = case.floating
   row = row_masks(case.shape)["some rows masked"]
   for where in (masks(case.shape)["random"], row, False):
-    kept = np.broadcast_to(where, case.shape)
-    arguments = [
-      np.where(kept, x, NAN) if i in floats else x for i, x in enumerate(clean)
-    ]
+    arguments = case.garbled(case.arguments(DTYPES[0]), where)
 
-    def total(*x, arguments=arguments, where=where):
-      given = dict(enumerate(arguments)) | dict(zip(floats, x, strict=True))
-      return jnp.sum(case.loss(*given.values(), where=where))
+    def total(*floats, arguments=arguments, where=where):
+      given = case.with_floats(arguments, floats)
+      return jnp.sum(case.loss(*given, where=where))
 
-    yield total, [jnp.asarray(arguments[i], DTYPES[0]) for i in floats]
+    yield total, [arguments[p] for p in case.floating]
 
 
 @each_case(dtypes=DTYPES[:1], mechanisms=True)

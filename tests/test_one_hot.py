@@ -1,9 +1,11 @@
-"""Value and gradient of every loss next to Optax's, by the one-hot path.
+"""Value and gradient of losses of slices next to Optax's, by one-hot rows.
 
 A mask of examples and classes is written without a mask: each example by
 itself, its included elements chosen by a matrix of one-hot rows, and its label
 one of those. What is not chosen has a gradient of 0.
 """
+
+import functools
 
 import chex
 import jax
@@ -15,13 +17,14 @@ from cases import SLICED, assert_all_close, masks
 
 from optax_masking.losses import _table as table
 
+WHERE = masks()["random"]
+
 
 def by_one_hot_rows(case, arguments, where):
   """The losses of the examples, 0 for those with nothing included."""
   losses = []
   for i, kept in enumerate(where):
-    of_label = case.positions(table.class_index)
-    labels = [int(np.asarray(arguments[p])[i]) for p in of_label]
+    labels = [int(arguments[p][i]) for p in case.positions(table.class_index)]
     kept = kept & all(kept[label] for label in labels)
     if not kept.any():
       losses.append(jnp.zeros(kept.shape if case.elementwise else ()))
@@ -38,36 +41,40 @@ def by_one_hot_rows(case, arguments, where):
   return jnp.stack(losses)
 
 
+def value_and_gradient(case, arguments, loss):
+  """Of the floating arguments; the others are constants."""
+
+  def total(floats):
+    result = loss(case.with_floats(arguments, floats))
+    return jnp.sum(result), result
+
+  floats = [arguments[p] for p in case.floating]
+  return jax.grad(total, has_aux=True)(floats)
+
+
+@functools.cache  # For both variants.
+def arguments_and_expected(case):
+  arguments = [np.asarray(x) for x in case.arguments("float32")]
+  expected = jax.jit(
+    lambda: value_and_gradient(
+      case, arguments, lambda x: by_one_hot_rows(case, x, WHERE)
+    )
+  )
+  return arguments, expected()
+
+
 @pytest.mark.slow
 class OneHotTest(chex.TestCase):
   @chex.variants(with_jit=True, without_jit=True)
   @parameterized.named_parameters(SLICED)
   def test_value_and_gradient(self, case):
-    arguments = [
-      np.asarray(x) if p in case.per_example else x.astype("float32")
-      for p, x in enumerate(case.arguments("float32"))
-    ]
-    for where in (masks()["random"], masks()["whole classes"]):
-
-      def masked(arguments, where=where):
-        return case.loss(*arguments, where=where)
-
-      def total(floats, loss):
-        given = [*floats, *arguments[len(floats) :]]
-        return jnp.sum(loss(given)), loss(given)
-
-      def value_and_gradient(loss):
-        floats = [arguments[p] for p in case.floating]
-        function = jax.grad(lambda x: total(x, loss), has_aux=True)
-        return function(floats)
-
-      got = self.variant(lambda: value_and_gradient(masked))()
-      right = jax.jit(
-        lambda where=where: value_and_gradient(
-          lambda x: by_one_hot_rows(case, x, where)
-        )
-      )()
-      assert_all_close(got, right, "float32")
+    arguments, expected = arguments_and_expected(case)
+    got = self.variant(
+      lambda: value_and_gradient(
+        case, arguments, lambda x: case.loss(*x, where=WHERE)
+      )
+    )()
+    assert_all_close(got, expected, "float32")
 
 
 if __name__ == "__main__":

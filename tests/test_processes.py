@@ -10,13 +10,15 @@ import jax
 import pytest
 
 TESTS = pathlib.Path(__file__).parent
-OF_A_PROPERTY = (
+IN_FLOAT64 = (
   "test_invariance.py",
   "test_zero_gradient.py",
   "test_compaction.py",
   "test_empty.py",
   "test_identity.py",
   "test_honesty.py",
+  "test_clean_arithmetic.py",
+  "test_transforms.py",
   "test_accuracy.py",
 )
 
@@ -54,10 +56,9 @@ by_day_and_night = pytest.mark.parametrize(
 @by_day_and_night
 def test_float64(marked):
   """The contract in float64, which JAX has only where it starts with it."""
-  files = OF_A_PROPERTY
-  if marked == "nightly":
-    files, marked = (*files, "test_losses.py"), "nightly or slow"
-  run_pytest(*files, "-m", marked, JAX_ENABLE_X64="1")
+  at_night = marked == "nightly"
+  files = [*IN_FLOAT64, *["test_losses.py"] * at_night]
+  run_pytest(*files, "-m", "" if at_night else marked, JAX_ENABLE_X64="1")
 
 
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="JAX is too old.")

@@ -99,11 +99,7 @@ def symbols(sequences, frames):
   return labels, paddings.astype("float32")
 
 
-# What makes of the function that Optax has one of arrays, `axis` and `where`.
-
-
-def _itself(loss):
-  return loss
+# Adapters: each turns Optax's function into one of arrays, `axis` and `where`.
 
 
 def _losses_of_lists(loss):
@@ -165,17 +161,15 @@ class Row:
     data: What makes its arguments, in their order.
     removes: What a mask removes.
     written_for: Fingerprints of the versions of Optax's function that the
-      wrapper was written for: first of Optax 0.2.7 and 0.2.8.
+      wrapper was written for: the first is that of Optax 0.2.7 and 0.2.8.
     left: The value where nothing is left.
     elementwise: Whether it returns a number an element.
     slices: Whether each slice along `axis` is by itself.
     keeps_shape: Whether it has an `axis` and returns an array like its data.
     shape: A shape for small data.
-    adapt: Makes of Optax's function one of the data, `axis` and `where`.
+    adapt: Turns Optax's function into one of the data, `axis` and `where`.
     fit: The shape nearest to a given one that Optax's loss takes.
     masks_examples: Whether it takes a mask without the last axis.
-    right_aligned: Whether callers may mean by a mask of lower rank one of the
-      last axis, as NumPy broadcasts, so that one that fits both is refused.
     result_axes: Which axes of the data the result has, where its shape does not
       tell.
     compacts: Whether its data can be written without what is masked. Those of
@@ -195,10 +189,9 @@ class Row:
   slices: bool = True
   keeps_shape: bool = False
   shape: Shape = (4, 5)
-  adapt: Callable[[Loss], Loss] = _itself
+  adapt: Callable[[Loss], Loss] | None = None
   fit: Callable[[Shape], Shape] = _any
   masks_examples: bool = True
-  right_aligned: bool = False
   result_axes: tuple[int, ...] | None = None
   compacts: bool = True
   makes_loss: bool = False
@@ -207,7 +200,8 @@ class Row:
 
   def of(self, losses: Any) -> Loss:
     """The loss of a module, as a function of the data."""
-    return self.adapt(getattr(losses, self.name))
+    loss = getattr(losses, self.name)
+    return self.adapt(loss) if self.adapt else loss
 
   def takes(self, parameter: str) -> bool:
     """Whether Optax's function has a parameter."""
@@ -220,8 +214,8 @@ class Row:
     return self.name in vars(optax)
 
   @property
-  def has_axis(self) -> bool:
-    """Whether Optax's loss has an `axis` of slices, and not of pixels."""
+  def has_axis_of_slices(self) -> bool:
+    """Whether Optax's loss has an `axis`, and not one of pixels."""
     return self.slices and self.takes("axis")
 
   def positions(self, *makers: Maker) -> tuple[int, ...]:
@@ -307,7 +301,6 @@ _ROWS = (
     (logits, soft_labels),
     _CLASSES,
     ("53656573",),
-    right_aligned=True,
   ),
   Row(
     "ranking_softmax_loss",
@@ -317,7 +310,6 @@ _ROWS = (
     ("eb71e2ed",),
     left="0, any mean too",
     adapt=_losses_of_lists,
-    right_aligned=True,
   ),
   Row(
     "multiclass_hinge_loss",
@@ -354,28 +346,24 @@ _ROWS = (
     (log_probabilities, probabilities),
     _TERMS,
     ("fcfa2a1e",),
-    right_aligned=True,
   ),
   Row(
     "kl_divergence_with_log_targets",
     (log_probabilities, log_probabilities),
     _TERMS,
     ("ba393901",),
-    right_aligned=True,
   ),
   Row(
     "generalized_kl_divergence",
     (logits, probabilities),
     _TERMS,
     ("522956b3",),
-    right_aligned=True,
   ),
   Row(
     "convex_kl_divergence",
     (logits, probabilities),
     _TERMS,
     ("200e36fc",),
-    right_aligned=True,
     alias_of="generalized_kl_divergence",
   ),
   Row(
@@ -383,14 +371,12 @@ _ROWS = (
     (logits, logits),
     _ENTRIES,
     ("c9a363db",),
-    right_aligned=True,
   ),
   Row(
     "cosine_distance",
     (logits, logits),
     _ENTRIES,
     ("770e02c1",),
-    right_aligned=True,
   ),
   Row(
     "triplet_margin_loss",
@@ -449,7 +435,6 @@ _ROWS = (
     ("f96ddf7e",),
     left="0 for each class",
     keeps_shape=True,
-    right_aligned=True,
   ),
   Row(
     "dice_loss",
