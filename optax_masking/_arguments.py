@@ -56,14 +56,16 @@ def constants_and_inputs(
   None, if one should be neither: a function, unless it is the default, may be
   another one at each call, and so may an index, and each would be compiled. A
   number in the place of the data is for the loss to refuse. An integer may be
-  the structure of a program, such as an index or an exponent, but not where a
-  fill tells that an array may stand.
+  the structure of a program, such as an index or an exponent, but not where the
+  default is a float, or a fill says that an array may stand.
   """
   constants: list[tuple[str, Any, Any]] = []
   inputs: dict[str, Any] = {}
   for name, x in arguments.items():
     is_array = isinstance(x, Array | np.generic)
-    is_number = isinstance(x, float) or (name in fills and _is_int32(x))
+    default = signature.parameters[name].default
+    may_be_float = name in fills or isinstance(default, float)
+    is_number = isinstance(x, float) or (may_be_float and _is_int32(x))
     if name in to_fill:
       is_input = is_array or (is_number and bool(inputs))
     else:
@@ -75,10 +77,7 @@ def constants_and_inputs(
     elif (
       name not in to_fill
       and not is_array
-      and (
-        isinstance(x, int | str | tuple | None)
-        or x is signature.parameters[name].default
-      )
+      and (isinstance(x, int | str | tuple | None) or x is default)
       and _is_hashable(x)
     ):
       # Which is a key, in which 1 is equal to True.

@@ -117,10 +117,11 @@ def masked_inputs(
     compiled: Whether to compile the masked loss, for calls outside of ``jit``.
       It may then depend on nothing but its arguments: what else it reads stays
       what it was at the first call. One that can't be compiled is traced in
-      vain, and run. Arrays, floats and, of arguments with a fill, integers are
-      inputs of the program; None, other integers, strings and tuples are
-      constants, with a program for each. A call with anything else, such as a
-      function that is not the default, is not compiled.
+      vain, and run. Arrays, floats and, of parameters with a fill or with a
+      default that is a float, integers are inputs of the program; None, other
+      integers, strings and tuples are constants, with a program for each. A
+      call with anything else, such as a function that is not the default, is
+      not compiled.
     **fills: For each argument of the loss that is an array, by name, what
       stands in for its masked elements: something that keeps the loss and its
       derivatives finite and, in a loss that reduces ``axis``, adds nothing to

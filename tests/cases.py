@@ -71,9 +71,9 @@ BY_NAME = dict(NAMED)
 SLICED = [
   (case.name, case) for case in CASES if case.slices and not case.keeps_shape
 ]
-# One of each mechanism: fills that are numbers and fills that are functions,
-# formulas with a class and with probabilities, of errors and of elements, a
-# class that is looked up in the mask, a result of the data's shape, whole
+# One of each mechanism: fills that are numbers and fills that are functions (of
+# norms, of a softmax, of a maximum), formulas with a class and with
+# probabilities, of errors and of elements, a result of the data's shape, whole
 # batches. What depends on the mechanism alone is tested of these.
 MECHANISMS = (
   "kl_divergence",
@@ -82,6 +82,7 @@ MECHANISMS = (
   "softmax_cross_entropy",
   "squared_error",
   "sigmoid_binary_cross_entropy",
+  "poly_loss_cross_entropy",
   "multiclass_hinge_loss",
   "smooth_labels",
   "dice_loss",

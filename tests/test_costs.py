@@ -5,6 +5,7 @@ the limits are those of CPUs. `python -m benchmarks` prints them, with times.
 """
 
 import functools
+import inspect
 import re
 import unittest
 
@@ -260,6 +261,21 @@ def test_recompilation(case, dtype):
   assert not COMPILED
   jax.jit(lambda x: x)(arguments[0])  # The list is not always empty.
   assert COMPILED
+
+
+@each_case(dtypes=DTYPES[:1], mechanisms=True)
+def test_integers(case, dtype):
+  """An integer where the default is a float is no constant of the program."""
+  arguments = case.arguments(dtype)
+  where = np.ones(case.shape, bool)
+  for parameter in inspect.signature(
+    getattr(optax.losses, case.name)
+  ).parameters.values():
+    if isinstance(parameter.default, float):
+      case.loss(*arguments, where=where, **{parameter.name: 1})
+      COMPILED.clear()
+      case.loss(*arguments, where=where, **{parameter.name: 2})
+      assert not COMPILED, parameter
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def triplet_margin_loss(
   compiled=True,
 )
 def _triplet_margin_loss(
-  anchors, positives, negatives, axis, norm_degree, margin, eps, *, where
+  anchors, positives, negatives, axis, norm_degree, margin, eps=1e-6, *, where
 ):
   if where is not None:
     # At an empty slice, and `eps` of 0, the derivative of a norm is infinite.
