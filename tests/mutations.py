@@ -240,8 +240,9 @@ def main():
     os.chdir(copy)
     sys.path.append("tests")
     os.environ["PYTHONPATH"] = str(copy)
-    # Most programs are those of other mutants.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache"
+    # Most programs are those of the code as it is.
+    programs = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))
     collect = [*shlex.split(PYTEST), "--collect-only"]
     subprocess.run(collect, check=True, stdout=subprocess.DEVNULL)
     package = pathlib.Path("optax_masking")
