@@ -429,6 +429,21 @@ class CompiledTest(absltest.TestCase):
         got = loss(x, scale=scale, order=order, where=True)
         assert_equal(got, np.array([1.0, 2.0]) * scale)
 
+  def test_integer_array(self):
+    """One without axes may be an index: the loss has it as it is."""
+    seen = []
+
+    @optax.masked_inputs(x=0.0, compiled=True)
+    def loss(x, *, index):
+      seen.append(index)
+      return x * 2 if isinstance(index, jax.core.Tracer) else x
+
+    x = jnp.array([1.0, 2.0])
+    for index in (np.int32(1), jnp.array(1)):
+      assert_equal(loss(x, index=index, where=True), x)
+    self.assertLen(seen, 2)
+    assert_equal(loss(x, index=jnp.array([1, 1]), where=True), 2 * x)
+
   def test_not_compiled(self):
     """Values that a program can't depend on are used as they are."""
 
