@@ -233,6 +233,15 @@ class AxisTest(parameterized.TestCase):
         got = loss(*turned, axis=0, where=mask)
         assert_allclose(got, expected, rtol=1e-6)
 
+  def test_nan_of_size_one(self):
+    """It comes out, if any of what it meets is included."""
+    got = optax.safe_softmax_cross_entropy(
+      jnp.array([[jnp.nan], [1.0], [jnp.nan]]),
+      jnp.full((3, 2), 0.5),
+      where=jnp.array([[True, False], [True, False], [False, False]]),
+    )
+    np.testing.assert_array_equal(jnp.isnan(got), [True, False, False])
+
   @parameterized.named_parameters(REDUCING)
   def test_errors_are_those_of_optax(self, case):
     """What raises without a mask raises the same with one."""

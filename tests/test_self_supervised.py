@@ -211,8 +211,9 @@ class TripletTest(parameterized.TestCase):
     for vectors in ((x[0], x[1], x[0]), (x[1], x[1], x[0]), (x[1], x[2], x[2])):
       with self.assertRaisesRegex(ValueError, r"the same size along the axes"):
         loss(*vectors, where=jnp.ones((2, 3), bool))
-    with self.assertRaisesRegex(ValueError, r"along the axes \(0, 1\)"):
-      loss(x[0], x[1], x[0], axis=(0, 1), where=jnp.ones((2, 3), bool))
+    for positives in x[1:]:
+      with self.assertRaisesRegex(ValueError, r"along the axes \(0, 1\)"):
+        loss(x[0], positives, x[0], (0, 1), where=jnp.ones((2, 3), bool))
     # Along the batch they broadcast.
     assert_allclose(
       loss(x[0], x[2], x[0][:1], where=jnp.ones((2, 3), bool)),
