@@ -191,7 +191,7 @@ def _cases(names: Collection[str]) -> str:
     row = ROWS[name]
     makers = [make.__name__ for make in row.data]
     loss = f"losses.{name}"
-    used |= {*makers}
+    used.update(makers)
     if row.adapt:
       used.add(row.adapt.__name__)
       loss = f"{row.adapt.__name__}({loss})"

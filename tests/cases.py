@@ -46,8 +46,11 @@ class Case(table.Row):
     )
 
   def garbled(self, arguments: Sequence, where: np.ndarray) -> list[jax.Array]:
-    """The arguments, with NaN or no class in what is masked."""
-    where = np.broadcast_to(where, self.shape)
+    """The arguments, with NaN or no class in what is masked.
+
+    They may be batches of data, with a batch of masks.
+    """
+    where = np.broadcast_to(where, arguments[0].shape)
     return [
       jnp.where(
         self.masked(p, where), np.nan if p in self.floating else -100, x
@@ -138,11 +141,6 @@ def each_case(
   return pytest.mark.parametrize(names, parameters)
 
 
-def tolerance(dtype: str, roundings: float = 16.0) -> dict[str, float]:
-  """Room for some roundings of each number."""
-  return {"rtol": roundings * float(jnp.finfo(dtype).eps)}
-
-
 # NumPy by itself takes NaN for equal to NaN.
 assert_allclose = functools.partial(np.testing.assert_allclose, equal_nan=False)
 
@@ -159,12 +157,12 @@ def assert_close(
 
   Those that are differences are as exact as the larger `terms` of them.
   """
-  room = tolerance(dtype, roundings)
+  room = roundings * float(jnp.finfo(dtype).eps)
   assert_allclose(
     np.asarray(got, "float64"),
     np.asarray(expected, "float64"),
-    **room,
-    atol=terms * room["rtol"],
+    rtol=room,
+    atol=terms * room,
     err_msg=message,
   )
 
@@ -172,15 +170,17 @@ def assert_close(
 def assert_all_close(got, expected, dtype: str, roundings: float = 16.0):
   """Compares trees, each array relative to the largest number in it."""
   jax.tree.map(
-    lambda a, b: assert_close(a, b, dtype, "", roundings, largest(b)),
+    lambda a, b: assert_close(
+      a, b, dtype, roundings=roundings, terms=largest(b)
+    ),
     got,
     expected,
   )
 
 
 def largest(x) -> float:
-  """The size of the largest number of all arrays of a tree."""
-  return max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(x))
+  """The size of the largest number of an array."""
+  return float(jnp.max(jnp.abs(x)))
 
 
 def assert_equal(got, expected, message: str = "") -> None:

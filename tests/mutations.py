@@ -26,6 +26,7 @@ import sys
 import tempfile
 
 import parso
+from conftest import CACHE
 from cosmic_ray.commands.init import _all_work_items as all_work_items
 from cosmic_ray.mutating import mutate_and_test
 from cosmic_ray.operators.operator import Operator
@@ -240,9 +241,10 @@ def main():
     os.chdir(copy)
     sys.path.append("tests")
     os.environ["PYTHONPATH"] = str(copy)
-    # Most programs are those of the code as it is.
-    programs = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))
+    # Most programs are those of the checkout.
+    os.environ.setdefault(
+      "JAX_COMPILATION_CACHE_DIR", CACHE["jax_compilation_cache_dir"]
+    )
     collect = [*shlex.split(PYTEST), "--collect-only"]
     subprocess.run(collect, check=True, stdout=subprocess.DEVNULL)
     package = pathlib.Path("optax_masking")

@@ -79,9 +79,9 @@ class PixelsTest(parameterized.TestCase):
       {"reduction": "none"},
       {"reduction": "none", "ignore_background": True},
     ),
+    apply_softmax=(True, False),
   )
-  def test_dice_loss(self, options):
-    apply_softmax = len(options) == 1  # Of half of them.
+  def test_dice_loss(self, options, apply_softmax):
     x = LOGITS if apply_softmax else PROBABILITIES
     options = options | {"apply_softmax": apply_softmax}
 

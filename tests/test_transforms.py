@@ -103,15 +103,7 @@ def derivatives(case, loss, arguments, where):
 def untransformed(case, dtype, kind):
   loss, _, arguments, wheres = batched(case, lambda loss: loss, dtype)
   where = wheres[kind]
-  return derivatives(case, loss, garbage(case, arguments, where), where)
-
-
-def garbage(case, arguments, where):
-  """NaN in what is masked, of one batch or of several."""
-  return [
-    jnp.where(where, x, jnp.nan) if position in case.floating else x
-    for position, x in enumerate(arguments)
-  ]
+  return derivatives(case, loss, case.garbled(arguments, where), where)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -122,7 +114,7 @@ def test_derivatives(case, dtype, transform):
   roundings = 128 if dtype in ("float32", "float64") else 8
   for kind, where in enumerate(wheres if transform is _vmap else wheres[:1]):
     expected = untransformed(case, dtype, kind)
-    arguments = garbage(case, clean, where)
+    arguments = case.garbled(clean, where)
     try:
       got = derivatives(case, transformed, arguments, where)
     except TypeError as e:

@@ -180,7 +180,8 @@ def triplet_margin_loss(
   )
 
 
-# A difference of 0 adds nothing to a norm.
+# A difference of 0 adds nothing to a norm. The default says that `eps` is a
+# float, so that an integer in its place is no constant of the program.
 @masked_inputs(
   anchors=0.0,
   positives=0.0,
