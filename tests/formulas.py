@@ -264,22 +264,21 @@ def _value(case, arguments, where):
 
 def _gradients(case, arguments, where, weights):
   """Of the sum of the loss times weights, for all floating arguments."""
-  # A slice depends on itself alone.
-  parts = [[i] for i in range(len(where))] if case.slices else [slice(None)]
-  gradients = []
-  for p in case.floating:
-    gradient = np.zeros(where.shape, WIDE)
-    for part in parts:
-      rows = [x[part] for x in arguments]
-      of_part = np.zeros(rows[p].shape, WIDE)
-      for element in zip(*np.nonzero(where[part]), strict=True):
-        stepped = rows[p].astype(np.clongdouble)
-        stepped[element] += 1j * STEP
-        got = _value(case, [*rows[:p], stepped, *rows[p + 1 :]], where[part])
-        w = weights[part] if case.slices else weights
-        of_part[element] = np.sum(got.imag * w) / STEP
-      gradient[part] = of_part
-    gradients.append(gradient)
+  # A slice depends on itself alone: a step is one in all of them.
+  steps = np.ndindex(where.shape)
+  if case.slices:
+    steps = [(slice(None), c) for c in range(where.shape[1])]
+  gradients = [np.zeros(where.shape, WIDE) for _ in case.floating]
+  for step in steps:
+    if not where[step].any():
+      continue
+    for gradient, p in zip(gradients, case.floating, strict=True):
+      stepped = arguments[p].astype(np.clongdouble)
+      stepped[step] += 1j * STEP
+      got = _value(case, [*arguments[:p], stepped, *arguments[p + 1 :]], where)
+      terms = got.imag * weights / STEP
+      sums = np.sum(terms, tuple(range(int(case.slices), terms.ndim)))
+      gradient[step] = np.where(where[step], sums, 0)
   return gradients
 
 
