@@ -24,6 +24,13 @@ DTYPES = (
   else ("float32", "bfloat16", "float16")
 )
 SHAPE = (4, 5)
+# For programs that are to be compiled as users do, whatever `conftest.py` says.
+AS_USERS_DO = {
+  "xla_backend_optimization_level": 3,
+  "xla_llvm_disable_expensive_passes": False,
+}
+if jax.__version_info__ < (0, 11):
+  AS_USERS_DO["xla_cpu_use_fusion_emitters"] = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,16 @@ CACHE = {
   "jax_persistent_cache_min_compile_time_secs": 0.0,
   "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+# To optimize them takes half of the time, and most of them run once.
+# `XLA_FLAGS= python -m pytest` compiles all of them as users do.
+FLAGS = [
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+  "--xla_cpu_parallel_codegen_split_count=1",
+]
+if jax.__version_info__ < (0, 11):  # Later versions have no other.
+  FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 for name, value in CACHE.items():
   given = os.environ.setdefault(name.upper(), str(value))
   jax.config.update(name, type(value)(given))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import (
+  AS_USERS_DO,
   INDEX_POISONS,
   KINDS,
   Case,
@@ -100,7 +101,9 @@ def run(case: Case, loss, lanes: list[Lane], wheres) -> None:
     np.stack(x) for x in zip(*(x.tangents for x in lanes), strict=True)
   ]
   where = None if wheres is None else np.stack(wheres)
-  program = jax.jit(derivatives, static_argnums=(0, 1))
+  program = jax.jit(
+    derivatives, static_argnums=(0, 1), compiler_options=AS_USERS_DO
+  )
   outputs = program(case, loss, arguments, where, tangents)
   outputs = jax.tree.map(np.asarray, outputs)
   for i, lane in enumerate(lanes):

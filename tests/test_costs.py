@@ -16,6 +16,7 @@ import optax as upstream
 import pytest
 from absl.testing import absltest, parameterized
 from cases import (
+  AS_USERS_DO,
   DTYPES,
   assert_all_close,
   assert_allclose,
@@ -25,7 +26,7 @@ from cases import (
 )
 
 import optax_masking as optax
-from benchmarks.counters import counters, kept, scanned_temporaries
+from benchmarks.counters import counters_of, kept, scanned_temporaries
 
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 SOFT = "softmax_cross_entropy"
@@ -57,6 +58,11 @@ def losses_of(name, axis):
     lambda logits, labels, where: loss(logits, labels, where=where),
     lambda logits, labels, where: original(logits, labels),
   )
+
+
+def counters(function, *arguments):
+  program = jax.jit(function, compiler_options=AS_USERS_DO)
+  return counters_of(program.lower(*arguments).compile())
 
 
 def value_and_grad(loss):

@@ -562,7 +562,8 @@ class TaylorTest(parameterized.TestCase):
       return (value, *series), (total(x), slope(x), second)
 
     got, expected = derivatives(x)
-    assert_all_close(got, expected, DTYPES[0], roundings=64)
+    # Second derivatives along a direction are sums of much larger terms.
+    assert_all_close(got, expected, DTYPES[0], roundings=256)
 
   @parameterized.parameters(
     ("squared_error", "row"),
