@@ -78,9 +78,7 @@ CASES = tuple(
 NAMED = [(case.name, case) for case in CASES]
 BY_NAME = dict(NAMED)
 # Those with one number for each slice, or for each of its elements.
-SLICED = [
-  (case.name, case) for case in CASES if case.slices and not case.keeps_shape
-]
+SLICED = [case for case in CASES if case.slices and not case.keeps_shape]
 # One of each mechanism: fills that are numbers and fills that are functions (of
 # norms, of a softmax, of a maximum), formulas with a class and with
 # probabilities, of errors and of elements, a result of the data's shape, whole
@@ -101,43 +99,59 @@ MECHANISMS = (
 )
 
 
+def turn(mechanism: str, dtypes: Sequence[str]) -> str:
+  """The dtype in which a mechanism is tested by day: each in turn."""
+  turns = ("float32", "bfloat16", "float16", "float64")
+  dtype = turns[MECHANISMS.index(mechanism) % len(turns)]
+  # What is tested in one dtype is tested of all mechanisms.
+  elsewhere = dtype == "float64" and len(dtypes) > 1
+  return dtype if dtype in dtypes or elsewhere else "float32"
+
+
 def each_case(
+  cases: Iterable[Case] = CASES,
+  *,
   dtypes: Iterable[str] = DTYPES,
   kinds: bool = False,
   mechanisms: bool = False,
-  quick: bool = True,
+  quick: bool | None = None,
 ) -> pytest.MarkDecorator:
   """Runs a test for losses and dtypes.
 
   Args:
+    cases: Which losses.
     dtypes: Which dtypes. In the quick subset are the first of them, and masks
       of elements.
     kinds: Whether to run it for the lanes of each kind of mask, too.
     mechanisms: Whether one loss of each mechanism will do, each in one of the
-      dtypes: the others are left to the night. In float64 it always does, and
-      for masks of rows in all dtypes but the first.
-    quick: Whether any of it is in the quick subset.
+      dtypes, float64 included: the others are left to the night. Else it does
+      in float64, and for masks of rows in half precision, in one of the two.
+    quick: Whether any of it is in the quick subset; by default, if it is not
+      about the mechanisms.
   """
   dtypes = tuple(dtypes)
-  mechanisms = mechanisms or jax.config.jax_enable_x64
+  if quick is None:
+    quick = not mechanisms
 
   def marks(case, number, kind):
     is_one = case.name in MECHANISMS
-    if mechanisms:  # In the dtypes in turn.
-      by_day = is_one and MECHANISMS.index(case.name) % len(dtypes) == number
+    if mechanisms:
+      by_day = is_one and dtypes[number] == turn(case.name, dtypes)
+    elif jax.config.jax_enable_x64:
+      by_day = is_one
+    elif number and kind == "rows":
+      by_day = is_one and number == 1 + MECHANISMS.index(case.name) % 2
     else:  # A loss that is an output of another has a program like its own.
-      by_day = not number or (
-        (kind != "rows" or is_one) and case.output_of is None
-      )
+      by_day = not number or case.output_of is None
     if not by_day:
       return [pytest.mark.nightly]
-    if mechanisms or not quick or number or kind == "rows":
+    if not quick or number or kind == "rows":
       return [pytest.mark.slow]
     return []
 
   parameters = []
   for case, (number, dtype), kind in itertools.product(
-    CASES, enumerate(dtypes), KINDS if kinds else (None,)
+    cases, enumerate(dtypes), KINDS if kinds else (None,)
   ):
     values = (case, dtype, kind) if kinds else (case, dtype)
     name = "-".join([case.name, *values[1:]])

@@ -66,7 +66,7 @@ def arguments_and_expected(case):
 @pytest.mark.slow
 class OneHotTest(chex.TestCase):
   @chex.variants(with_jit=True, without_jit=True)
-  @parameterized.named_parameters(SLICED)
+  @parameterized.named_parameters([(case.name, case) for case in SLICED])
   def test_value_and_gradient(self, case):
     arguments, expected = arguments_and_expected(case)
     got = self.variant(
