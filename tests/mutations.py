@@ -193,7 +193,7 @@ def commands(path, changed, uses):
     n for n in table.ROWS if changed in used(n, {n})
   ][:3]
   yield command_for(losses[:3], "not slow", files)
-  yield command_for(losses[:3], "slow and not nightly", files)
+  yield command_for(losses[:3], "slow", files)
   if losses[3:]:
     yield command_for(losses[3:], "not slow")
   yield f"{PYTEST} tests/test_losses.py"

@@ -84,6 +84,18 @@ def test_broadcasts_along_any_axis(case, dtype):
   )
 
 
+@each_mechanism(REDUCING, quick=True)
+def test_broadcasts_along_one_of_several_axes(case, dtype):
+  shape, axis = (2, 3, 2), (1, 2)
+  arguments = case.arguments(dtype, shape, axis)
+  where = np.array([[True, False, True], [False, True, True]])[..., None]
+  assert_close(
+    case.loss(*arguments, axis=axis, where=where),
+    case.loss(*arguments, axis=axis, where=np.broadcast_to(where, shape)),
+    dtype,
+  )
+
+
 @each_mechanism(SLICED, quick=True)
 def test_positional(case, dtype):
   """In Optax's order, where it has one."""

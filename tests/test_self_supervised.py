@@ -213,12 +213,16 @@ class TripletTest(parameterized.TestCase):
     for positives in x[1:]:
       with self.assertRaisesRegex(ValueError, r"along the axes \(0, 1\)"):
         loss(x[0], positives, x[0], (0, 1), where=jnp.ones((2, 3), bool))
-    # Along the batch they broadcast.
-    assert_allclose(
-      loss(x[0], x[2], x[0][:1], where=jnp.ones((2, 3), bool)),
-      upstream.losses.triplet_margin_loss(x[0], x[2], x[0][:1]),
-      rtol=1e-6,
-    )
+    # Along the batch they broadcast, and along an axis of size 1.
+    for *vectors, axis in (
+      (x[0], x[2], x[0][:1], -1),
+      (x[0][:1], x[2], x[0][:1], (0, 1)),
+    ):
+      assert_allclose(
+        loss(*vectors, axis, where=jnp.ones(vectors[0].shape, bool)),
+        upstream.losses.triplet_margin_loss(*vectors, axis),
+        rtol=1e-6,
+      )
 
   def test_axis(self):
     x = EMBEDDINGS[:4], EMBEDDINGS[1:5] + 3, EMBEDDINGS[2:6] - 3
