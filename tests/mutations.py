@@ -108,7 +108,7 @@ def definitions(tree):
       yield rule_of.pop(), node, range(first, node.end_lineno + 1)
     elif isinstance(node, ast.Assign):
       yield (
-        names(*node.targets).pop(),
+        min(names(*node.targets)),
         node,
         range(node.lineno, node.end_lineno + 1),
       )
@@ -196,7 +196,7 @@ def commands(path, changed, uses):
   yield command_for(losses[:3], "slow", files)
   if losses[3:]:
     yield command_for(losses[3:], "not slow")
-  yield f"{PYTEST} tests/test_losses.py"
+  yield f"{PYTEST} tests/test_losses.py tests/test_swap.py"
 
 
 @functools.cache
