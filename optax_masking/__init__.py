@@ -26,7 +26,8 @@ from optax_masking import (
   fills as fills,
   reductions as reductions,
 )
-from optax_masking._masking import masked_inputs as masked_inputs
+from optax_masking._decorator import masked_inputs as masked_inputs
+from optax_masking._mask import Mask as Mask
 from optax_masking._patch import patch as patch
 from optax_masking.losses._table import ROWS as _ROWS
 

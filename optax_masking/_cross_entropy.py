@@ -5,13 +5,13 @@ Half precision is computed in float32, where it does not round or overflow.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from optax_masking._mask import Mask
 from optax_masking.fills import (
-  Array,
-  Axes,
   at_class,
   class_number,
   expanded,
@@ -28,7 +28,7 @@ _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def softmax_cross_entropy_of_class(
-  logits: Array, labels: Array, *, where: jax.Array, axes: Axes
+  mask: Mask, logits: Any, labels: Any
 ) -> jax.Array:
   r"""Cross-entropy of a softmax and class indices.
 
@@ -36,10 +36,14 @@ def softmax_cross_entropy_of_class(
   for a class :math:`y`, and its derivative
   :math:`\sum_j (p_j - [j = y]) \, dx_j`.
   """
-  rank = max(logits.ndim, labels.ndim + len(axes))
-  labels = expanded(labels, rank, axes)
-  shape = jnp.broadcast_shapes(logits.shape, labels.shape)
+  where, axes, shape = mask.where, mask.axes, mask.shape
+  logits = mask.unfilled(logits)
+  dtype = logits.dtype
   logits = jnp.broadcast_to(logits, shape)
+  labels = jnp.asarray(labels)
+  if not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise TypeError(f"`labels` must be integers, not {labels.dtype}.")
+  labels = expanded(labels, len(shape), axes)
   labels = class_number(labels, math.prod(shape[a] for a in axes))
   labels = jnp.broadcast_to(labels, _reduced(shape, axes))
   # An example whose own class is masked counts as masked.
@@ -48,11 +52,11 @@ def softmax_cross_entropy_of_class(
     own = at_class(jnp.broadcast_to(where, shape), labels, axes)
   loss, _, _ = _of_class(logits, labels, where & own, own, axes)
   # Garbage in an example that is masked as a whole: its tangent is NaN.
-  return jnp.squeeze(jnp.where(own, loss, 0), axes)
+  return _rounded(jnp.squeeze(jnp.where(own, loss, 0), axes), dtype)
 
 
 def softmax_cross_entropy_of_probabilities(
-  logits: Array, labels: Array, *, where: jax.Array, axes: Axes
+  mask: Mask, logits: Any, labels: Any
 ) -> jax.Array:
   r"""Cross-entropy of a softmax and probabilities.
 
@@ -60,11 +64,15 @@ def softmax_cross_entropy_of_probabilities(
   its derivative
   :math:`\sum_j (p_j \sum_k y_k - y_j) \, dx_j - \sum_j \log p_j \, dy_j`.
   """
+  where, axes, shape = mask.where, mask.axes, mask.shape
+  mask.check_axis_of(logits, "logits")
+  mask.check_axis_of(labels, "labels")
+  logits, labels = mask.unfilled(logits), mask.unfilled(labels)
+  dtype = jnp.result_type(logits, labels)
   if jnp.issubdtype(labels.dtype, jnp.complexfloating):
     raise TypeError(f"`labels` must be real, but has dtype {labels.dtype}.")
   if not jnp.issubdtype(labels.dtype, jnp.floating):
     labels = labels.astype(_wide(logits.dtype))
-  shape = jnp.broadcast_shapes(logits.shape, labels.shape)
   logits = jnp.expand_dims(logits, range(len(shape) - logits.ndim))
   # Logits that broadcast along a class axis are one class for several labels.
   one = tuple(a for a in axes if logits.shape[a] == 1 != shape[a])
@@ -78,12 +86,10 @@ def softmax_cross_entropy_of_probabilities(
     logits = logits.astype(labels.dtype)
   loss, _, _ = _of_probabilities(logits, labels, where, axes)
   included = jnp.any(where, axes, keepdims=True)
-  return jnp.squeeze(jnp.where(included, loss, 0), axes)
+  return _rounded(jnp.squeeze(jnp.where(included, loss, 0), axes), dtype)
 
 
-def sigmoid_cross_entropy(
-  logits: Array, labels: Array, *, where: jax.Array, axes: Axes
-) -> jax.Array:
+def sigmoid_cross_entropy(mask: Mask, logits: Any, labels: Any) -> jax.Array:
   r"""Cross-entropy of a sigmoid and probabilities.
 
   With :math:`\log p = -\log(1 + \exp(-x))` and
@@ -91,11 +97,17 @@ def sigmoid_cross_entropy(
   :math:`-y \log p - (1 - y) \log (1 - p)`, and its derivative
   :math:`((1 - y) p - y (1 - p)) \, dx - x \, dy`.
   """
-  del axes  # It is elementwise.
+  logits, labels = mask.unfilled(logits), mask.unfilled(labels)
+  dtype = jnp.result_type(logits, labels)
   logits, labels = jnp.broadcast_arrays(logits, labels)
   if not jnp.issubdtype(labels.dtype, jnp.floating):
     labels = labels.astype(_wide(logits.dtype))
-  return _of_binary(logits, labels, where)
+  return _rounded(_of_binary(logits, labels, mask.where), dtype)
+
+
+def _rounded(loss, dtype):
+  """The loss in Optax's dtype. One that has it stays weak, if it is."""
+  return loss if loss.dtype == dtype else loss.astype(dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))

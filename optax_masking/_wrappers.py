@@ -23,13 +23,7 @@ _PACKAGE = pathlib.Path(__file__).parent
 ENGINE = "_masking"
 TESTS = "_masking_test"
 # The modules of the engine, each after those that it needs.
-_ENGINE_PARTS = (
-  "fills",
-  "_arguments",
-  "_signatures",
-  "_masking",
-  "_cross_entropy",
-)
+_ENGINE_PARTS = ("fills", "_mask", "_decorator", "_compiled", "_cross_entropy")
 
 # What each loss was when its wrapper was tested with it: fingerprints.
 KNOWN = {name: row.written_for for name, row in ROWS.items()}
@@ -77,13 +71,16 @@ def is_a_call(name: str) -> bool:
 
 def refuses_ambiguous_where(name: str) -> bool:
   """Whether a lower rank of the mask meant something else to the loss."""
-  keywords = {
-    keyword.arg
-    for decorator in wrapper_of(name).decorator_list
-    if isinstance(decorator, ast.Call)
-    for keyword in decorator.keywords
-  }
-  return "refuse_ambiguous_where" in keywords
+  module = own(module_of(name))
+  wrapper = wrapper_of(name)
+  helpers = [
+    module.functions[n] for n in names_in(wrapper) & {*module.functions}
+  ]
+  return any(
+    isinstance(node, ast.keyword) and node.arg == "refuse_ambiguous_where"
+    for function in (wrapper, *helpers)
+    for node in ast.walk(function)
+  )
 
 
 def fills_only(name: str) -> bool:
@@ -91,10 +88,10 @@ def fills_only(name: str) -> bool:
 
   Then a loss that uses the mask by itself may do so: it is of no consequence.
   """
-  (decorator,) = wrapper_of(name).decorator_list
-  assert isinstance(decorator, ast.Call)
   return all(
-    isinstance(keyword.value, ast.Constant) and keyword.value.value is not None
+    isinstance(keyword.value, ast.Constant)
+    for decorator in wrapper_of(name).decorator_list
+    if isinstance(decorator, ast.Call)
     for keyword in decorator.keywords
   )
 
@@ -162,7 +159,7 @@ def engine_text(names: Iterable[str]) -> str:
     for name, statement in part.imports.items()
     if name in used and "optax_masking" not in statement
   }
-  docstring = _docstring(own("_masking"))
+  docstring = _docstring(own("_mask"))
   code = joined([(node, statements[node].source(node)) for node in kept])
   text = f"{docstring}\n\n{joined_imports(imports)}\n{code}"
   # What is for a package that exports the decorator, and its fills.

@@ -1,14 +1,11 @@
-"""Neutral fills that no constant can be.
+"""Neutral fills that no number can be.
 
 Each is called with an argument `x`, the mask `where` and the reduced `axes`.
 `where` has the rank of the data, and `x` broadcasts with it.
 
 * `below_maximum` is for the logits of a softmax, `far_below` for the scores of
   a maximum, `zero_unless_empty` for vectors that are divided by their norm.
-* `PerExample(number)` is for an argument with one entry an example. Two of them
-  mask, too: `class_index`, for integer class labels (a masked example gets
-  class 0, and an example whose own class is masked counts as masked), and
-  `paddings`, for indicators that are 1 for an example to mask.
+* `PerExample(number)` is for an argument with one entry an example.
 """
 
 import dataclasses
@@ -23,9 +20,7 @@ import numpy as np
 __all__ = [
   "PerExample",
   "below_maximum",
-  "class_index",
   "far_below",
-  "paddings",
   "zero_unless_empty",
 ]
 
@@ -53,20 +48,10 @@ class PerExample:
   """Fills an argument that has one entry an example, and none of ``axis``.
 
   Attributes:
-    fill: What stands in for the entry of a masked example; None, if a formula
-      masks the argument by itself.
-    keeps: What the argument itself leaves of the mask, if it masks too: a
-      function ``keeps(x, where, shape, axes)`` that returns where it does, with
-      the rank of ``where``. ``shape`` is that of the data.
+    fill: What stands in for the entry of a masked example.
   """
 
-  fill: float | None
-  keeps: Callable[[Array, jax.Array, Shape, Axes], jax.Array] | None = None
-
-  def __call__(self, x: Array, where: jax.Array, axes: Axes) -> jax.Array:
-    if self.fill is None:
-      return jnp.asarray(x)
-    return select(jnp.any(where, axes), x, self.fill)
+  fill: float
 
 
 def expanded(x: Array, rank: int, axes: Axes) -> jax.Array:
@@ -128,7 +113,7 @@ def _is_sharded(x: Array, axis: int) -> bool:
   return len(spec) > axis and spec[axis] is not None
 
 
-def _own_class(
+def class_is_included(
   labels: Array, where: jax.Array, shape: Shape, axes: Axes
 ) -> jax.Array:
   """Whether the class that an integer label names is included.
@@ -141,16 +126,6 @@ def _own_class(
   batch = tuple(1 if a in axes else s for a, s in enumerate(shape))
   labels = jnp.broadcast_to(expanded(labels, len(shape), axes), batch)
   return at_class(jnp.broadcast_to(where, shape), labels, axes)
-
-
-# Integer class labels: a masked example gets class 0, and an example whose own
-# class is masked counts as masked.
-class_index = PerExample(0, keeps=_own_class)
-
-# Padding indicators: what they mark is masked, too.
-paddings = PerExample(
-  1, keeps=lambda x, where, shape, axes: expanded(x != 1, len(shape), axes)
-)
 
 
 def below_maximum(

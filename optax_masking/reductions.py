@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._arguments import (
+from optax_masking._mask import (
   Axis,
+  Mask,
   Where,
   canonicalize_axes,
-  canonicalize_where,
   missing_axes,
 )
 from optax_masking.fills import Array, Shape, select
@@ -419,7 +419,9 @@ class _Terms:
     self.size = math.prod(self.shape[a] for a in self.axes)
     self.where = None
     if where is not None:
-      self.where = canonicalize_where(where, self.shape, self.axes, True)
+      self.where = Mask(
+        where, axis, self.values, refuse_ambiguous_where=True
+      ).where
     self.weights = None
     if weights is not None:
       w = self._aligned(_real("weights", weights))

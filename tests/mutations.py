@@ -34,7 +34,7 @@ from cosmic_ray.plugins import OPERATOR_PROVIDERS
 
 from optax_masking.losses import _table as table
 
-ENGINE = ("_masking.py", "_arguments.py", "_signatures.py", "fills.py")
+ENGINE = ("_mask.py", "_decorator.py", "_compiled.py", "fills.py")
 NOT_MUTATED = ("_table.py", "_original.py")
 # In these a loss is an example, of the test kit or of what is staged.
 UNRELATED = "audit audit_formats guard new_loss processes pytest_plugin staging"

@@ -179,10 +179,11 @@ class DecoratorTest(parameterized.TestCase):
         " ['predictions']. Name a fill for each that is an array.",
       ):
         optax.masked_inputs(**fills)(loss)
-    with self.assertRaisesWithLiteralMatch(
-      TypeError, "`predictions` has no fill, and the loss no `formula`."
-    ):
-      optax.masked_inputs(predictions=None)(loss)
+    for fill in (None, optax.fills.PerExample(None)):
+      with self.assertRaisesWithLiteralMatch(
+        TypeError, "The fill of `predictions` is no number, but None."
+      ):
+        optax.masked_inputs(predictions=fill)(loss)
 
   def test_loss_that_reads_values(self):
     """It can't be traced to see whether it broadcasts, and need not be."""
@@ -199,29 +200,15 @@ class DecoratorTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r"`where` has shape \(7,\)"):
       loss(X, Y, where=np.ones(7, bool))
 
-  def test_shapes_that_a_loss_refuses(self):
-    """A fill broadcasts; a loss that does not is asked before."""
-
-    @optax.masked_inputs(x=0.0, y=0.0)
-    def loss(x, y):
-      if x.shape != y.shape:
-        raise ValueError(f"refused: {x.shape} and {y.shape}")
-      return jnp.abs(x - y)
-
-    with self.assertRaisesWithLiteralMatch(
-      ValueError, "refused: (4, 5) and (5,)"
-    ):
-      loss(X, Y[0], where=WHERE)
-
   def test_labels_of_the_wrong_rank(self):
-    @optax.masked_inputs(scores=0.0, labels=optax.fills.class_index)
+    @optax.masked_inputs(scores=0.0, labels=optax.fills.PerExample(0))
     def loss(scores, labels, axis=-1):
       return jnp.sum(scores, axis)
 
     with self.assertRaisesWithLiteralMatch(
       ValueError,
-      "`labels` has shape (4, 5), but must have the rank of (4, 5) without the"
-      " axes (1,).",
+      "An array with one entry an example has shape (4, 5), but must have the"
+      " rank of (4, 5) without the axes (1,).",
     ):
       loss(X, np.ones(X.shape, int), where=WHERE)
 
@@ -310,26 +297,6 @@ class DecoratorTest(parameterized.TestCase):
       expected = negative_entropy(X[i, row]) if row.any() else 0
       assert_allclose(got[i], expected, rtol=1e-5)
 
-  def test_paddings(self):
-    """Indicators of padding mask too, of all ranks that broadcast."""
-
-    @optax.masked_inputs(x=0.0, padding=optax.fills.paddings)
-    def total(x, padding, axis=-1):
-      return jnp.sum(x, axis) * (1 - padding)
-
-    x = jnp.arange(24.0).reshape(2, 3, 4)
-    for padding in (
-      jnp.array([[0.0, 1, 0], [1, 0, 0]]),
-      jnp.array([0, 1, 0]),
-      jnp.array(1.0),
-    ):
-      padded = jnp.broadcast_to(padding == 1, (2, 3))
-      garbage = jnp.where(padded[..., None], jnp.nan, x)
-      where = jnp.array([[True, True, True], [True, False, True]])
-      for mask in (True, where):
-        got = total(garbage, padding, where=mask)
-        assert_equal(got, jnp.where(padded | ~jnp.array(mask), 0, x.sum(-1)))
-
   def test_partial(self):
     def error(x, y, power):
       return jnp.abs(x - y) ** power
@@ -349,138 +316,6 @@ class DecoratorTest(parameterized.TestCase):
       bind.side_effect = RuntimeError("called")
       with self.assertRaisesRegex(RuntimeError, "called"):
         total_error(X, Y, where=WHERE)
-
-
-class FormulaTest(absltest.TestCase):
-  """A formula in the place of the loss, under a mask only."""
-
-  def masked(self, formula, loss=None, **fills):
-    def plain(x, scale=1.0):
-      return x * scale
-
-    return optax.masked_inputs(formula=formula, **(fills or {"x": None}))(
-      loss or plain
-    )
-
-  def test_elementwise(self):
-    def formula(x, scale, *, where, axes):
-      self.assertEqual(where.shape, (2, 1))
-      self.assertEqual(axes, () if axis == () else (1,))
-      return jnp.where(where, x, 0) * scale
-
-    loss = self.masked(formula)
-    x = jnp.array([[1.0, 2.0], [jnp.nan, jnp.nan]])
-    where = np.array([[True], [False]])
-    axis = ()
-    assert_equal(loss(x, 3.0, where=where), [[3, 6], [0, 0]])
-    axis = -1
-    assert_equal(loss(x, 3.0, axis=-1, where=where), [9, 0])
-    assert_equal(loss(jnp.ones(2), 3.0), [3, 3])
-
-  def test_fills(self):
-    """What has a fill comes filled, and in the dtype of the loss."""
-
-    def formula(x, scale, *, where, axes):
-      return x.astype("float32") * scale
-
-    loss = self.masked(formula, x=7.0)
-    got = loss(
-      jnp.array([jnp.nan, 1.0], "bfloat16"), where=np.array([False, True])
-    )
-    assert_equal(got, [7, 1])
-    self.assertEqual(got.dtype, "bfloat16")
-
-  def test_shape(self):
-    loss = self.masked(lambda x, scale, where, axes: jnp.sum(x))
-    with self.assertRaisesRegex(ValueError, r"shape \(\) for data of shape"):
-      loss(jnp.ones((3, 4)), where=True)
-
-  def test_no_fill(self):
-    """None is a fill only where there is a formula to mask."""
-    for fill in (None, optax.fills.PerExample(None)):
-      with self.assertRaisesRegex(TypeError, "`x` has no fill"):
-        self.masked(None, x=fill)
-
-
-class CompiledTest(absltest.TestCase):
-  def test_types(self):
-    """1 and True are equal, and not the same."""
-
-    @optax.masked_inputs(x=0.0, compiled=True)
-    def loss(x, kind):
-      return x * (2 if isinstance(kind, bool) else 3)
-
-    x = jnp.ones(2)
-    assert_equal(loss(x, True, where=True), [2, 2])
-    assert_equal(loss(x, 1, where=True), [3, 3])
-
-  def test_integers(self):
-    """An input where there is a fill, but no boolean and none that is large."""
-
-    @optax.masked_inputs(x=0.0, scale=1.0, compiled=True)
-    def loss(x, *, scale=1, order=1):
-      # A boolean that is an input is no number, and its sum no other.
-      factor = (scale + scale) / 2
-      return x * factor * (1 if isinstance(order, int) else jnp.nan)
-
-    x = jnp.array([1.0, 2.0])
-    for scale in (1, True, 2, 3.0, 2**40):
-      for order in (1, 2):
-        got = loss(x, scale=scale, order=order, where=True)
-        assert_equal(got, np.array([1.0, 2.0]) * scale)
-
-  def test_integer_array(self):
-    """One without axes may be an index: the loss has it as it is."""
-    seen = []
-
-    @optax.masked_inputs(x=0.0, compiled=True)
-    def loss(x, *, index):
-      seen.append(index)
-      return x * 2 if isinstance(index, jax.core.Tracer) else x
-
-    x = jnp.array([1.0, 2.0])
-    for index in (np.int32(1), jnp.array(1)):
-      assert_equal(loss(x, index=index, where=True), x)
-    self.assertLen(seen, 2)
-    assert_equal(loss(x, index=jnp.array([1, 1]), where=True), 2 * x)
-
-  def test_not_compiled(self):
-    """Values that a program can't depend on are used as they are."""
-
-    @optax.masked_inputs(x=0.0, compiled=True)
-    def loss(x, scale, options=(), *, axis=()):
-      return x * (2 if scale > 0 else 3)
-
-    x = jnp.ones((2, 2))
-    for scale in (1.0, np.int32(1), jnp.array(1)):
-      assert_equal(loss(x, scale, where=True), 2 * x)
-      assert_equal(loss(x, -scale, where=True), 3 * x)
-    assert_equal(loss(x, 1, [], where=True), 2 * x)
-    for axis in (1, np.int64(1), jnp.array(1), (np.array(1),), [1]):
-      assert_equal(loss(x, 1, axis=axis, where=True), [4, 4])
-
-  def test_function(self):
-    """One that is not the default is called each time, whatever it reads."""
-
-    @optax.masked_inputs(x=0.0, compiled=True)
-    def loss(x, weigh):
-      return weigh(x)
-
-    x = jnp.ones(2)
-    factor = 2
-
-    def weigh(x):
-      return factor * x
-
-    assert_equal(loss(x, weigh, where=True), [2, 2])
-    factor = 3
-    assert_equal(loss(x, weigh, where=True), [3, 3])
-
-  def test_errors(self):
-    """They are those of a call that is not compiled, without JAX's notes."""
-    with self.assertRaises(ValueError) as caught:
-      optax.squared_error(jnp.ones(3), where=np.ones(2, bool))
-    self.assertEmpty(getattr(caught.exception, "__notes__", []))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def absolute_error(
 WRAPPER = '''
 
 # An error of 0 is 0.
-@masked_inputs(predictions=0.0, targets=0.0, compiled=True)
+@compiled()
+@masked_inputs(predictions=0.0, targets=0.0)
 def absolute_error(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,

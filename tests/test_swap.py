@@ -18,7 +18,7 @@ from cases import MASKED
 import optax_masking as optax
 
 OWN_MODULES = {"fills", "reductions"}
-OWN_FUNCTIONS = {"masked_inputs", "patch"}
+OWN_FUNCTIONS = {"Mask", "masked_inputs", "patch"}
 IMPORTS = (
   "import optax_masking as optax; adam = optax.contrib.muon",
   "import optax_masking; optax_masking.losses.squared_error",

@@ -8,30 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._arguments import Axis, Where, axes_last
+from optax_masking._compiled import compiled
 from optax_masking._cross_entropy import (
   sigmoid_cross_entropy,
   softmax_cross_entropy_of_class,
   softmax_cross_entropy_of_probabilities,
 )
-from optax_masking._masking import masked_inputs
-from optax_masking.fills import (
-  PerExample,
-  below_maximum,
-  class_index,
-  far_below,
-  paddings,
-)
+from optax_masking._decorator import masked_inputs
+from optax_masking._mask import Axis, Mask, Where, axes_last
+from optax_masking.fills import PerExample, below_maximum, far_below
 from optax_masking.losses._original import original
 
 
-# The formula selects what is included.
-@masked_inputs(
-  logits=None,
-  labels=None,
-  formula=sigmoid_cross_entropy,
-  compiled=True,
-)
+@compiled()
 def sigmoid_binary_cross_entropy(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -78,11 +67,16 @@ def sigmoid_binary_cross_entropy(
     <https://www.deeplearningbook.org/contents/mlp.html>`_, 2016, section
     6.2.2.2.
   """
-  return original.sigmoid_binary_cross_entropy(logits, labels)
+  mask = Mask(where, axis, logits, labels)
+  if where is None:
+    return mask.sum(original.sigmoid_binary_cross_entropy(logits, labels))
+  losses = sigmoid_cross_entropy(mask, logits, labels)
+  return mask.sum(losses, zeroed=True)
 
 
 # At a product of 0 the derivatives are the other factor, 0.
-@masked_inputs(predictor_outputs=0.0, targets=0.0, compiled=True)
+@compiled()
+@masked_inputs(predictor_outputs=0.0, targets=0.0)
 def hinge_loss(
   predictor_outputs: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -125,7 +119,8 @@ def hinge_loss(
 
 
 # At a product of 0 the derivatives are the other factor, 0.
-@masked_inputs(predictor_outputs=0.0, targets=0.0, compiled=True)
+@compiled()
+@masked_inputs(predictor_outputs=0.0, targets=0.0)
 def perceptron_loss(
   predictor_outputs: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -170,7 +165,8 @@ def perceptron_loss(
 
 
 # Half way up the parabola, where both derivatives are finite.
-@masked_inputs(logits=0.0, labels=0.0, compiled=True)
+@compiled()
+@masked_inputs(logits=0.0, labels=0.0)
 def sparsemax_loss(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -216,13 +212,8 @@ def sparsemax_loss(
 
 # At 0 and 0.5 every term and its derivatives are finite. At a label of 0 or 1
 # a derivative with respect to it may be 0 times an infinity.
-@masked_inputs(
-  logits=0.0,
-  labels=0.5,
-  alpha=0.5,
-  gamma=0.0,
-  compiled=True,
-)
+@compiled()
+@masked_inputs(logits=0.0, labels=0.5, alpha=0.5, gamma=0.0)
 def sigmoid_focal_loss(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -287,11 +278,8 @@ def sigmoid_focal_loss(
 
 # exp(logit) is 0 and so is its derivative: the class is not in the normalizer.
 # Its log probability is finite, so that a label of 0 removes it from the sum.
-@masked_inputs(
-  logits=below_maximum,
-  labels=0.0,
-  compiled=True,
-)
+@compiled()
+@masked_inputs(logits=below_maximum, labels=0.0)
 def safe_softmax_cross_entropy(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -343,13 +331,7 @@ def safe_softmax_cross_entropy(
   return original.safe_softmax_cross_entropy(logits, labels)
 
 
-# The formula selects what is included.
-@masked_inputs(
-  logits=None,
-  labels=None,
-  formula=softmax_cross_entropy_of_probabilities,
-  compiled=True,
-)
+@compiled()
 def softmax_cross_entropy(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -405,16 +387,13 @@ def softmax_cross_entropy(
   .. seealso::
     :func:`softmax_cross_entropy_with_integer_labels`
   """
-  return original.softmax_cross_entropy(logits, labels, axis=axis)
+  mask = Mask(where, axis, logits, labels)
+  if where is None or 0 in mask.shape:
+    return mask.out(original.softmax_cross_entropy(logits, labels, axis=axis))
+  return softmax_cross_entropy_of_probabilities(mask, logits, labels)
 
 
-# The formula selects what is included.
-@masked_inputs(
-  logits=None,
-  labels=PerExample(None),
-  formula=softmax_cross_entropy_of_class,
-  compiled=True,
-)
+@compiled()
 def softmax_cross_entropy_with_integer_labels(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -467,17 +446,17 @@ def softmax_cross_entropy_with_integer_labels(
   .. seealso::
     :func:`softmax_cross_entropy`
   """
-  return original.softmax_cross_entropy_with_integer_labels(
-    logits, labels, axis=axis
-  )
+  mask = Mask(where, axis, logits, examples=labels)
+  if where is None or 0 in mask.shape or axis is None:  # Which is refused.
+    return mask.out(
+      original.softmax_cross_entropy_with_integer_labels(
+        logits, labels, axis=axis
+      )
+    )
+  return softmax_cross_entropy_of_class(mask, logits, labels)
 
 
-# What is far below the maximum does not change it, a margin of 1 included.
-@masked_inputs(
-  scores=far_below,
-  labels=class_index,
-  compiled=True,
-)
+@compiled()
 def multiclass_hinge_loss(
   scores: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -526,16 +505,14 @@ def multiclass_hinge_loss(
     Kernel-based Vector Machines
     <https://www.jmlr.org/papers/v2/crammer01a.html>`_, 2001.
   """
-  (x,) = axes_last(axis, scores)
-  return original.multiclass_hinge_loss(x, labels)
+  mask = Mask(where, axis, scores, examples=labels).with_class(labels)
+  # What is far below the maximum does not change it, a margin of 1 included.
+  (x,) = axes_last(axis, mask(scores, far_below, "scores"))
+  y = mask.example(labels, 0)
+  return mask.out(original.multiclass_hinge_loss(x, y))
 
 
-# What is far below the maximum does not change it.
-@masked_inputs(
-  scores=far_below,
-  labels=class_index,
-  compiled=True,
-)
+@compiled()
 def multiclass_perceptron_loss(
   scores: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -581,17 +558,20 @@ def multiclass_perceptron_loss(
     Collins, `Discriminative Training Methods for Hidden Markov Models
     <https://aclanthology.org/W02-1001>`_, 2002.
   """
-  (x,) = axes_last(axis, scores)
-  return original.multiclass_perceptron_loss(x, labels)
+  mask = Mask(where, axis, scores, examples=labels).with_class(labels)
+  # What is far below the maximum does not change it.
+  (x,) = axes_last(axis, mask(scores, far_below, "scores"))
+  y = mask.example(labels, 0)
+  return mask.out(original.multiclass_perceptron_loss(x, y))
 
 
 # The class is not in the normalizer; a label of 0 removes both of its terms.
+@compiled()
 @masked_inputs(
   logits=below_maximum,
   labels=0.0,
   epsilon=PerExample(0.0),
   refuse_ambiguous_where=True,
-  compiled=True,
 )
 def poly_loss_cross_entropy(
   logits: jax.typing.ArrayLike,
@@ -652,8 +632,11 @@ def poly_loss_cross_entropy(
 
 
 # 1 * (log 1 - 0) = 0, with finite derivatives; log 0 would not have them.
+@compiled()
 @masked_inputs(
-  log_predictions=0.0, targets=1.0, refuse_ambiguous_where=True, compiled=True
+  log_predictions=0.0,
+  targets=1.0,
+  refuse_ambiguous_where=True,
 )
 def kl_divergence(
   log_predictions: jax.typing.ArrayLike,
@@ -708,11 +691,9 @@ def kl_divergence(
 
 
 # exp(0) * (0 - 0) = 0.
+@compiled()
 @masked_inputs(
-  log_predictions=0.0,
-  log_targets=0.0,
-  refuse_ambiguous_where=True,
-  compiled=True,
+  log_predictions=0.0, log_targets=0.0, refuse_ambiguous_where=True
 )
 def kl_divergence_with_log_targets(
   log_predictions: jax.typing.ArrayLike,
@@ -762,8 +743,11 @@ def kl_divergence_with_log_targets(
 
 
 # 1 * (log 1 - 0) = 0, and exp(0) - 1 = 0.
+@compiled()
 @masked_inputs(
-  log_predictions=0.0, targets=1.0, refuse_ambiguous_where=True, compiled=True
+  log_predictions=0.0,
+  targets=1.0,
+  refuse_ambiguous_where=True,
 )
 def generalized_kl_divergence(
   log_predictions: jax.typing.ArrayLike,
@@ -857,16 +841,17 @@ def convex_kl_divergence(
   )
 
 
-# A masked class is as good as impossible: its log probability is the default of
-# `log_epsilon`. It has no derivative, so that its size does no harm.
-@masked_inputs(
-  logits=lambda x, where, axes: below_maximum(
-    x, where, axes, masked=max(-1e5, float(jnp.finfo(x.dtype).min) / 2)
-  ),
-  logit_paddings=paddings,
-  reduces_batch=True,
-  compiled=True,
-)
+def _impossible_class(x, where, axes):
+  """Fills logits of classes that are as good as impossible.
+
+  Their log probability is the default of `log_epsilon`. It has no derivative,
+  so that its size does no harm.
+  """
+  masked = max(-1e5, float(jnp.finfo(x.dtype).min) / 2)
+  return below_maximum(x, where, axes, masked=masked)
+
+
+@compiled("blank_id")
 def ctc_loss_with_forward_probs(
   logits: jax.typing.ArrayLike,
   logit_paddings: jax.typing.ArrayLike,
@@ -924,11 +909,15 @@ def ctc_loss_with_forward_probs(
     Sequence Data with Recurrent Neural Networks
     <https://doi.org/10.1145/1143844.1143891>`_, 2006.
   """
-  x, mask = axes_last(axis, logits, where)
+  mask = Mask(where, axis, logits, examples=logit_paddings)
+  if where is not None:  # Padding masks, too.
+    frames = jnp.expand_dims(jnp.asarray(logit_paddings) != 1, mask.axes)
+    mask = mask.with_where(mask.where & frames)
+  (x,) = axes_last(axis, mask(logits, _impossible_class, "logits"))
   loss = functools.partial(
     original.ctc_loss_with_forward_probs,
     x,
-    logit_paddings,
+    mask.example(logit_paddings, 1),
     blank_id=blank_id,
     log_epsilon=log_epsilon,
   )
@@ -940,9 +929,10 @@ def ctc_loss_with_forward_probs(
   labels = jnp.where(padding, blank_id, labels)
   losses, *log_probs = loss(labels, label_paddings)
   # A label whose class is masked in all frames leaves the sequence no target.
+  (kept,) = axes_last(axis, jnp.broadcast_to(mask.where, mask.shape))
   named = jax.nn.one_hot(labels, x.shape[-1], dtype=bool)
-  lost = named & ~jnp.any(mask, 1)[:, None] & ~padding[..., None]
-  included = jnp.any(mask, (1, 2)) & ~jnp.any(lost, (1, 2))
+  lost = named & ~jnp.any(kept, 1)[:, None] & ~padding[..., None]
+  included = jnp.any(kept, (1, 2)) & ~jnp.any(lost, (1, 2))
   return jnp.where(included, losses, 0.0), *log_probs
 
 
@@ -1061,11 +1051,7 @@ def _wide_below_maximum(x, where, axes):
   return below_maximum(x, where, axes, masked=-2.0)
 
 
-@masked_inputs(
-  scores=_wide_below_maximum,
-  labels=class_index,
-  compiled=True,
-)
+@compiled()
 def multiclass_sparsemax_loss(
   scores: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -1115,8 +1101,10 @@ def multiclass_sparsemax_loss(
     Attention and Multi-Label Classification
     <https://arxiv.org/abs/1602.02068>`_, 2016.
   """
-  (x,) = axes_last(axis, scores)
-  return _batched(original.multiclass_sparsemax_loss, x, labels)
+  mask = Mask(where, axis, scores, examples=labels).with_class(labels)
+  (x,) = axes_last(axis, mask(scores, _wide_below_maximum, "scores"))
+  y = mask.example(labels, 0)
+  return mask.out(_batched(original.multiclass_sparsemax_loss, x, y))
 
 
 def _batched(

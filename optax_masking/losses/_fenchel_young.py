@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from optax_masking._arguments import Axis, Where, axes_last
-from optax_masking._masking import masked_inputs
+from optax_masking._decorator import masked_inputs
+from optax_masking._mask import Axis, Where, axes_last
 from optax_masking.fills import far_below
 from optax_masking.losses._original import original
 

@@ -1,26 +1,16 @@
 """Ranking losses."""
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from optax_masking._arguments import Axis, Where, axes_last
-from optax_masking._masking import masked_inputs
+from optax_masking._compiled import compiled
+from optax_masking._mask import Axis, Mask, Where, axes_last
 from optax_masking.fills import below_maximum
 from optax_masking.losses._original import original
 
 
-# A masked item is not in the normalizer. Its weight multiplies a label of 0.
-@masked_inputs(
-  logits=below_maximum,
-  labels=0.0,
-  weights=0.0,
-  refuse_ambiguous_where=True,
-  reduces_batch=True,
-  compiled=True,
-)
 def ranking_softmax_loss(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -80,12 +70,12 @@ def ranking_softmax_loss(
     <https://doi.org/10.1145/1273496.1273513>`_, 2007, with the top one
     probability model.
   """
-  x, y, w, mask = axes_last(axis, logits, labels, weights, where)
-  loss = functools.partial(original.ranking_softmax_loss, x, y, weights=w)
   if where is None:
-    return loss(reduce_fn=reduce_fn)
-  included = jnp.any(mask, -1)
-  losses = loss(reduce_fn=None)  # 0 without an item, as all labels are.
+    x, y, w = axes_last(axis, logits, labels, weights)
+    return original.ranking_softmax_loss(x, y, weights=w, reduce_fn=reduce_fn)
+  losses, included = _losses_of_lists(
+    logits, labels, weights, axis=axis, where=where
+  )
   if reduce_fn is None:
     return losses
   # Where no list is left, the reduction is one of zeros instead of nothing.
@@ -96,3 +86,21 @@ def ranking_softmax_loss(
   # ones too, where nothing is included.
   ones = reduce_fn(jnp.ones_like(losses), where=included | nothing)
   return jnp.where(jnp.isnan(reduced) & jnp.isnan(ones), 0.0, reduced)
+
+
+@compiled()
+def _losses_of_lists(logits, labels, weights=None, *, axis, where):
+  """The losses, and which lists have anything included."""
+  mask = Mask(
+    where,
+    axis,
+    logits,
+    labels,
+    weights,
+    refuse_ambiguous_where=True,
+  )
+  # A masked item is not in the normalizer. Its weight multiplies a label of 0.
+  x = mask(logits, below_maximum, "logits")
+  x, y, w = axes_last(axis, x, mask(labels, 0.0), mask(weights, 0.0))
+  losses = original.ranking_softmax_loss(x, y, weights=w, reduce_fn=None)
+  return mask.out(losses), where is None or mask.any

@@ -1,29 +1,27 @@
 """Regression losses."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
-from optax_masking._arguments import Axis, Where
-from optax_masking._masking import masked_inputs
+from optax_masking._compiled import compiled
+from optax_masking._decorator import masked_inputs
+from optax_masking._mask import Axis, Mask, Where
 from optax_masking.fills import select, zero_unless_empty
 from optax_masking.losses._original import original
 
 
-def _of_error(
-  loss: Callable[..., jax.Array], slope: Callable[[jax.Array], jax.Array]
-) -> Callable[..., jax.Array]:
-  """Makes the formula of a loss of the error that is 0 at 0, as its slope is.
+def _of_error(loss, slope, mask, predictions, targets):
+  """A loss of the error that is 0 at 0, as its slope is.
 
-  The error is selected once, in the loop that subtracts, and not the loss. What
-  is passed here may look the loss up only when it is called: it may be the one
-  that is about to be defined.
+  Without a mask it is the loss itself. With one the error is selected once, in
+  the loop that subtracts, and not the loss.
   """
+  if mask.where is None:
+    return loss(predictions, targets)
 
   @jax.custom_jvp
   def masked(predictions, targets, where):
-    return loss(_error(predictions, targets, where))
+    return loss(_error(predictions, targets, where), None)
 
   @masked.defjvp
   def _(primals, tangents):
@@ -32,16 +30,17 @@ def _of_error(
     slopes = slope(_error(predictions, targets, where))
     return masked(*primals), slopes * derivative
 
-  def formula(predictions, targets, *, where, axes):
-    del axes  # It is elementwise.
-    if targets is not None:
-      if not jnp.issubdtype(targets.dtype, jnp.floating):
-        # A sum, unlike a conversion, is weak where Optax's difference is.
-        targets = jnp.zeros_like(predictions, shape=()) + targets
-      predictions, targets = jnp.broadcast_arrays(predictions, targets)
-    return masked(predictions, targets, where)
-
-  return formula
+  predictions, targets = mask.unfilled(predictions), mask.unfilled(targets)
+  if not jnp.issubdtype(predictions.dtype, jnp.floating):
+    raise TypeError(
+      f"`predictions` must be floating, but has dtype {predictions.dtype}."
+    )
+  if targets is not None:
+    if not jnp.issubdtype(targets.dtype, jnp.floating):
+      # A sum, unlike a conversion, is weak where Optax's difference is.
+      targets = jnp.zeros_like(predictions, shape=()) + targets
+    predictions, targets = jnp.broadcast_arrays(predictions, targets)
+  return masked(predictions, targets, mask.where)
 
 
 def _error(predictions, targets, where):
@@ -52,16 +51,7 @@ def _error(predictions, targets, where):
   return select(where, predictions - targets, 0)
 
 
-# The formula selects what is included.
-@masked_inputs(
-  predictions=None,
-  targets=None,
-  formula=_of_error(
-    lambda error: original.squared_error(error, None),
-    lambda error: 2 * error,
-  ),
-  compiled=True,
-)
+@compiled()
 def squared_error(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike | None = None,
@@ -105,19 +95,13 @@ def squared_error(
     Hastie et al., `The Elements of Statistical Learning
     <https://hastie.su.domains/ElemStatLearn/>`_, 2009, section 2.4.
   """
-  return original.squared_error(predictions, targets)
+  mask = Mask(where, axis, predictions, targets)
+  loss = original.squared_error
+  losses = _of_error(loss, lambda error: 2 * error, mask, predictions, targets)
+  return mask.sum(losses, zeroed=True)
 
 
-# The formula selects what is included.
-@masked_inputs(
-  predictions=None,
-  targets=None,
-  formula=_of_error(
-    lambda error: original.l2_loss(error, None),
-    lambda error: error,
-  ),
-  compiled=True,
-)
+@compiled()
 def l2_loss(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike | None = None,
@@ -158,12 +142,16 @@ def l2_loss(
     <https://www.microsoft.com/en-us/research/publication/pattern-recognition-machine-learning/>`_,
     2006, section 1.1.
   """
-  return original.l2_loss(predictions, targets)
+  mask = Mask(where, axis, predictions, targets)
+  loss = original.l2_loss
+  losses = _of_error(loss, lambda error: error, mask, predictions, targets)
+  return mask.sum(losses, zeroed=True)
 
 
 # An error of 0 is 0, with a derivative of 0. It is multiplied by delta, whose
 # derivatives at 1 are finite.
-@masked_inputs(predictions=0.0, targets=0.0, delta=1.0, compiled=True)
+@compiled()
+@masked_inputs(predictions=0.0, targets=0.0, delta=1.0)
 def huber_loss(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike | None = None,
@@ -212,13 +200,7 @@ def huber_loss(
   return original.huber_loss(predictions, targets, delta=delta)
 
 
-# The formula selects what is included.
-@masked_inputs(
-  predictions=None,
-  targets=None,
-  formula=_of_error(lambda error: original.log_cosh(error, None), jnp.tanh),
-  compiled=True,
-)
+@compiled()
 def log_cosh(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike | None = None,
@@ -259,16 +241,19 @@ def log_cosh(
     Chen et al., `Log Hyperbolic Cosine Loss Improves Variational Auto-Encoder
     <https://openreview.net/pdf?id=rkglvsC9Ym>`_, 2019.
   """
-  return original.log_cosh(predictions, targets)
+  mask = Mask(where, axis, predictions, targets)
+  loss = original.log_cosh
+  losses = _of_error(loss, jnp.tanh, mask, predictions, targets)
+  return mask.sum(losses, zeroed=True)
 
 
 # 0 adds nothing to the product and the norms, of which none may be 0.
+@compiled()
 @masked_inputs(
   predictions=zero_unless_empty,
   targets=zero_unless_empty,
   epsilon=1.0,
   refuse_ambiguous_where=True,
-  compiled=True,
 )
 def cosine_similarity(
   predictions: jax.typing.ArrayLike,
@@ -326,12 +311,12 @@ def cosine_similarity(
 
 
 # 0 adds nothing to the product and the norms, of which none may be 0.
+@compiled()
 @masked_inputs(
   predictions=zero_unless_empty,
   targets=zero_unless_empty,
   epsilon=1.0,
   refuse_ambiguous_where=True,
-  compiled=True,
 )
 def cosine_distance(
   predictions: jax.typing.ArrayLike,

@@ -5,16 +5,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optax_masking._arguments import (
-  Axis,
-  Where,
-  canonicalize_axes,
-  canonicalize_where,
-  check_accepted,
-  is_debugging,
-  without_garbage,
-)
+from optax_masking._compiled import compiled
+from optax_masking._mask import Axis, Mask, Where, canonicalize_axes
 from optax_masking.fills import below_maximum, select
 from optax_masking.losses._original import original
 
@@ -100,29 +94,21 @@ def dice_loss(
     Salehi et al., `Tversky Loss Function for Image Segmentation Using 3D Fully
     Convolutional Deep Networks <https://arxiv.org/abs/1706.05721>`_, 2017.
   """
-  loss = functools.partial(
-    original.dice_loss,
-    class_weights=class_weights,
-    smooth=smooth,
-    alpha=alpha,
-    beta=beta,
+  if where is not None and not apply_softmax:
+    _check_probabilities(predictions, targets, where)
+  return _dice_loss(
+    predictions,
+    targets,
+    class_weights,
+    smooth,
+    alpha,
+    beta,
+    apply_softmax=apply_softmax,
     reduction=reduction,
     ignore_background=ignore_background,
     axis=axis,
+    where=where,
   )
-  if where is None:
-    return loss(predictions, targets, apply_softmax=apply_softmax)
-  check_accepted(lambda: loss(predictions, targets))
-  p, t, mask = _masked_pixels(predictions, targets, where, apply_softmax)
-  losses, included = _losses_of_classes(
-    p, t, mask, axis, smooth, alpha, beta, class_weights, ignore_background
-  )
-  if reduction == "none":
-    return losses
-  total = jnp.sum(losses, -1)
-  if reduction == "sum":
-    return total
-  return total / _count(included, -1, total.dtype)
 
 
 def _masked_pixels(predictions, targets, where, apply_softmax, channel=False):
@@ -130,50 +116,30 @@ def _masked_pixels(predictions, targets, where, apply_softmax, channel=False):
 
   With `channel` an axis for the one class is to be added to both.
   """
-  shape = max(jnp.shape(predictions), jnp.shape(targets), key=len)
-  shape = (*shape, 1) if channel else shape
-  classes = (len(shape) - 1,)
-  where = canonicalize_where(where, shape, classes, False)
-  if is_debugging():
-    predictions, targets = (
-      without_garbage(
-        x, where if jnp.ndim(x) == len(shape) else jnp.squeeze(where, -1)
-      )
-      for x in (predictions, targets)
-    )
+  shape = _shape_of_pixels(predictions, targets, channel)
+  mask = Mask(where, -1, jax.ShapeDtypeStruct(shape, bool))
 
   def masked(x):
-    if jnp.ndim(x) == len(shape):
-      return select(where, x, 0)
-    return jnp.expand_dims(select(jnp.squeeze(where, -1), x, 0), -1)
+    if np.ndim(x) == len(shape):
+      return mask(x, 0)
+    pixels = Mask(jnp.squeeze(mask.where, -1), (), x)
+    return jnp.expand_dims(pixels(x, 0), -1)
 
   if not apply_softmax:
     probabilities = masked(predictions)
-    with contextlib.suppress(jax.errors.ConcretizationTypeError):
-      _check_probabilities(jax.lax.stop_gradient(probabilities), where)
   elif shape[-1] == 1:
-    probabilities = jax.nn.sigmoid(masked(predictions))
+    probabilities = mask(jax.nn.sigmoid(masked(predictions)), 0)
   else:
     if not jnp.issubdtype(jnp.result_type(predictions), jnp.floating):
       predictions = jnp.asarray(predictions, float)
-    filled = below_maximum(predictions, where, classes)
-    probabilities = jax.nn.softmax(filled)
-  if apply_softmax:
-    probabilities = select(where, probabilities, 0)
-  return probabilities, masked(targets), jnp.broadcast_to(where, shape)
+    filled = mask(predictions, below_maximum)
+    probabilities = mask(jax.nn.softmax(filled), 0)
+  return probabilities, masked(targets), jnp.broadcast_to(mask.where, shape)
 
 
-def _check_probabilities(probabilities, where):
-  """Checks the pixels of which no class is masked."""
-  if probabilities.shape[-1] == 1:
-    return
-  sums = select(jnp.all(where, -1), jnp.sum(probabilities, -1), 1)
-  if not jnp.allclose(sums, 1.0, rtol=1e-5):
-    raise ValueError(
-      "With apply_softmax=False the predictions must be probabilities that"
-      " add up to 1 along the last axis, but the sums are between"
-      f" {jnp.min(sums):.6f} and {jnp.max(sums):.6f}."
-    )
+def _shape_of_pixels(predictions, targets, channel=False):
+  shape = max(np.shape(predictions), np.shape(targets), key=len)
+  return (*shape, 1) if channel else shape
 
 
 def _losses_of_classes(
@@ -208,9 +174,73 @@ def _losses_of_classes(
   return losses, included
 
 
+def _check_probabilities(predictions, targets, where):
+  """Checks pixels of which no class is masked, where values are known."""
+  sums = jax.lax.stop_gradient(_sums(predictions, targets, where=where))
+  with contextlib.suppress(jax.errors.ConcretizationTypeError):
+    if not jnp.allclose(sums, 1.0, rtol=1e-5):
+      raise ValueError(
+        "With apply_softmax=False the predictions must be probabilities that"
+        " add up to 1 along the last axis, but the sums are between"
+        f" {jnp.min(sums):.6f} and {jnp.max(sums):.6f}."
+      )
+
+
+@compiled()
+def _sums(predictions, targets, axis=-1, *, where):
+  """Of the probabilities of each pixel, 1 if a class is masked."""
+  shape = _shape_of_pixels(predictions, targets)
+  mask = Mask(where, axis, jax.ShapeDtypeStruct(shape, bool))
+  if np.ndim(predictions) < len(shape) or shape[-1] == 1:
+    return jnp.ones(())
+  complete = jnp.all(mask.where, -1)
+  return select(complete, jnp.sum(mask(predictions, 0), -1), 1)
+
+
 def _count(included, axis, dtype):
   """The divisor of a mean, 1 for one of nothing."""
   return jnp.maximum(jnp.sum(included, axis), 1).astype(dtype)
+
+
+@compiled("apply_softmax", "reduction", "ignore_background")
+def _dice_loss(
+  predictions,
+  targets,
+  class_weights=None,
+  smooth=1.0,
+  alpha=0.5,
+  beta=0.5,
+  *,
+  apply_softmax,
+  reduction,
+  ignore_background,
+  axis,
+  where,
+):
+  loss = functools.partial(
+    original.dice_loss,
+    class_weights=class_weights,
+    smooth=smooth,
+    alpha=alpha,
+    beta=beta,
+    reduction=reduction,
+    ignore_background=ignore_background,
+    axis=axis,
+  )
+  if where is None:
+    return loss(predictions, targets, apply_softmax=apply_softmax)
+  p, t, mask = _masked_pixels(predictions, targets, where, apply_softmax)
+  losses, included = _losses_of_classes(
+    p, t, mask, axis, smooth, alpha, beta, class_weights, ignore_background
+  )
+  if reduction == "none":
+    return losses
+  if reduction not in ("mean", "sum"):
+    return loss(predictions, targets)  # Which refuses it.
+  total = jnp.sum(losses, -1)
+  if reduction == "sum":
+    return total
+  return total / _count(included, -1, total.dtype)
 
 
 def _pixel_axes(axis, shape):
@@ -271,16 +301,39 @@ def multiclass_generalized_dice_loss(
     Sudre et al., `Generalised Dice Overlap as a Deep Learning Loss Function for
     Highly Unbalanced Segmentations <https://arxiv.org/abs/1707.03237>`_, 2017.
   """
+  if where is None and axis is not None:
+    where = True
+  if where is not None and not apply_softmax:
+    _check_probabilities(predictions, targets, where)
+  return _generalized_dice_loss(
+    predictions,
+    targets,
+    smooth,
+    apply_softmax=apply_softmax,
+    ignore_background=ignore_background,
+    axis=axis,
+    where=where,
+  )
+
+
+@compiled("apply_softmax", "ignore_background")
+def _generalized_dice_loss(
+  predictions,
+  targets,
+  smooth=1.0,
+  *,
+  apply_softmax,
+  ignore_background,
+  axis,
+  where,
+):
   loss = functools.partial(
     original.multiclass_generalized_dice_loss,
     smooth=smooth,
     ignore_background=ignore_background,
   )
   if where is None:
-    if axis is None:
-      return loss(predictions, targets, apply_softmax=apply_softmax)
-    where = True
-  check_accepted(lambda: loss(predictions, targets))
+    return loss(predictions, targets, apply_softmax=apply_softmax)
   if axis is not None:
     axis = _pixel_axes(axis, jnp.shape(predictions))
   p, t, mask = _masked_pixels(predictions, targets, where, apply_softmax)
@@ -301,6 +354,7 @@ def multiclass_generalized_dice_loss(
   return jnp.sum(losses) / _count(included, None, losses.dtype)
 
 
+@compiled("apply_sigmoid")
 def binary_dice_loss(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -349,7 +403,6 @@ def binary_dice_loss(
   loss = functools.partial(original.binary_dice_loss, smooth=smooth)
   if where is None and axis is None:
     return loss(predictions, targets, apply_sigmoid=apply_sigmoid)
-  check_accepted(lambda: loss(predictions, targets))
   channel = (
     jnp.ndim(predictions) == jnp.ndim(targets)
     and jnp.shape(predictions)[-1] != 1

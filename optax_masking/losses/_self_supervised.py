@@ -4,30 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._arguments import (
+from optax_masking._compiled import compiled
+from optax_masking._mask import (
   Axis,
+  Mask,
   Where,
   axes_last,
   canonicalize_axes,
 )
-from optax_masking._masking import masked_inputs
-from optax_masking.fills import (
-  PerExample,
-  far_below,
-  select,
-  zero_unless_empty,
-)
+from optax_masking.fills import far_below, select, zero_unless_empty
 from optax_masking.losses._original import original
 
 
-# 0 adds nothing to a product or a norm. The norms are kept from being 0, but so
-# near to it that in float16 the second derivative would overflow.
-@masked_inputs(
-  embeddings=zero_unless_empty,
-  labels=PerExample(0),
-  reduces_batch=True,
-  compiled=True,
-)
+@compiled()
 def ntxent(
   embeddings: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -80,9 +69,14 @@ def ntxent(
     Chen et al., `A Simple Framework for Contrastive Learning of Visual
     Representations <https://arxiv.org/abs/2002.05709>`_, 2020.
   """
-  vectors, mask = axes_last(axis, embeddings, where)
+  mask = Mask(where, axis, embeddings, examples=labels)
+  # 0 adds nothing to a product or a norm. The norms are kept from being 0, but
+  # so near to it that in float16 the second derivative would overflow.
+  x = mask(embeddings, zero_unless_empty, "embeddings")
+  (vectors,) = axes_last(axis, x)
   if where is None:
     return original.ntxent(vectors, labels, temperature)
+  labels = mask.example(labels, 0)
   if vectors.ndim != 2:
     raise ValueError(
       f"`embeddings` must have one axis besides the feature axes {axis}, but"
@@ -92,7 +86,7 @@ def ntxent(
     vectors[None], vectors[:, None], epsilon=jnp.finfo(vectors.dtype).eps
   )
   x = x / temperature
-  included = jnp.any(mask, -1)
+  included = mask.any
   pairs = included[:, None] & included[None] & ~jnp.eye(len(x), dtype=bool)
   same = jnp.expand_dims(labels, 1) == jnp.expand_dims(labels, 0)
   positive, negative = pairs & same, pairs & ~same
@@ -109,6 +103,7 @@ def ntxent(
   return jnp.sum(losses) / jnp.maximum(jnp.sum(positive), 1)
 
 
+@compiled("norm_degree")
 def triplet_margin_loss(
   anchors: jax.typing.ArrayLike,
   positives: jax.typing.ArrayLike,
@@ -175,28 +170,14 @@ def triplet_margin_loss(
   """
   if where is not None:
     _check_sizes(anchors, positives, negatives, axis)
-  return _triplet_margin_loss(
-    anchors, positives, negatives, axis, norm_degree, margin, eps, where=where
-  )
-
-
-# A difference of 0 adds nothing to a norm. The default says that `eps` is a
-# float, so that an integer in its place is no constant of the program.
-@masked_inputs(
-  anchors=0.0,
-  positives=0.0,
-  negatives=0.0,
-  margin=PerExample(1.0),
-  compiled=True,
-)
-def _triplet_margin_loss(
-  anchors, positives, negatives, axis, norm_degree, margin, eps=1e-6, *, where
-):
-  if where is not None:
-    # At an empty slice, and `eps` of 0, the derivative of a norm is infinite.
-    eps = select(jnp.any(where, axis), eps, 1)
-  return original.triplet_margin_loss(
-    anchors, positives, negatives, axis, norm_degree, margin, eps
+  vectors = (anchors, positives, negatives)
+  mask = Mask(where, axis, *vectors, examples=margin)
+  # A difference of 0 adds nothing to a norm.
+  a, p, n = (mask(x, 0.0) for x in vectors)
+  # At an empty slice, and `eps` of 0, the derivative of a norm is infinite.
+  margin, eps = mask.example(margin, 1.0), mask.example(eps, 1.0)
+  return mask.out(
+    original.triplet_margin_loss(a, p, n, axis, norm_degree, margin, eps)
   )
 
 

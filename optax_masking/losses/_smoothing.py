@@ -3,15 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from optax_masking._arguments import Axis, Where, check_accepted
-from optax_masking._masking import masked_inputs
+from optax_masking._compiled import compiled
+from optax_masking._mask import Axis, Mask, Where
 from optax_masking.losses._original import original
 
 
-# The formula is of one element and a count; what is masked is zeroed after it.
-@masked_inputs(
-  labels=0.0, alpha=0.5, refuse_ambiguous_where=True, compiled=True
-)
+@compiled()
 def smooth_labels(
   labels: jax.typing.ArrayLike,
   alpha: jax.typing.ArrayLike,
@@ -63,13 +60,17 @@ def smooth_labels(
   """
   if where is None:
     return original.smooth_labels(labels, alpha, axis=axis)
-  check_accepted(lambda: original.smooth_labels(labels, alpha))
-  count = jnp.maximum(jnp.sum(jnp.asarray(where), axis, keepdims=True), 1)
-  alpha = jnp.asarray(alpha)
+  if not jnp.issubdtype(jnp.result_type(labels), jnp.floating):
+    return original.smooth_labels(labels, alpha)  # Which refuses them.
+  mask = Mask(where, axis, labels, alpha, refuse_ambiguous_where=True)
+  included = jnp.broadcast_to(mask.where, mask.shape)
+  count = jnp.maximum(jnp.sum(included, mask.axes, keepdims=True), 1)
+  # The formula is of one element and a count; what is masked is zeroed later.
+  labels, alpha = mask(labels, 0.0), jnp.asarray(mask(alpha, 0.5))
   # Optax divides by the count: an integer becomes a float32. Of other dtypes
   # the quotient keeps that of alpha, since the reciprocal's is weak; the count
   # itself may be more than float16 has. It is no number of the caller, for a
   # strict program to refuse.
   with jax.numpy_dtype_promotion("standard"):
     reciprocal = 1.0 / count
-  return (1 - alpha) * labels + alpha / 1 * reciprocal
+  return mask.out((1 - alpha) * labels + alpha / 1 * reciprocal)

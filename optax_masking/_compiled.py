@@ -1,0 +1,112 @@
+"""Masked calls outside of `jit`: compiled, and refused in Optax's words."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from optax_masking._decorator import P, R, reader
+from optax_masking._mask import boolean, canonicalize_axes, is_debugging
+
+
+def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+  """Compiles the calls of a loss that have a mask.
+
+  It is `jax.jit` with static arguments. There is a program for each value of
+  `axis` and of the parameters named here, and for each shape and dtype of the
+  other arguments, among them numbers. A call without a mask is one of the loss
+  itself, and so is one with a static argument that can't be hashed or a number
+  that no input can hold.
+
+  What the loss refuses without a mask it refuses with one, in the same words.
+
+  Args:
+    *static: Parameters that are the structure of the program, such as flags.
+  """
+
+  def decorate(loss: Callable[P, R]) -> Callable[P, R]:
+    function: Callable[..., Any] = loss
+    signature = inspect.signature(loss)
+    where_of = reader("where", signature)
+    data = [
+      name
+      for name, parameter in signature.parameters.items()
+      if parameter.default in (parameter.empty, None)
+      and name not in ("axis", "where", *static)
+    ]
+
+    def unmasked(arguments):
+      with contextlib.suppress(jax.errors.ConcretizationTypeError):
+        jax.eval_shape(lambda: function(**{**arguments, "where": None}))
+
+    def masked(arguments):
+      # What a fill broadcasts, the loss itself may refuse to.
+      if _broadcast([arguments[n] for n in data], arguments["axis"]):
+        unmasked(arguments)
+      return function(**arguments)
+
+    # A search for NaN has programs of its own, which do not outlive it.
+    @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
+    def program(constants, inputs, _debugging):
+      return masked({**inputs, **{name: x for name, x, _ in constants}})
+
+    @functools.wraps(loss)
+    def call(*args: Any, **kwargs: Any) -> Any:
+      if where_of(args, kwargs) is None:
+        return loss(*args, **kwargs)
+      bound = signature.bind(*args, **kwargs)
+      bound.apply_defaults()
+      arguments = dict(bound.arguments)
+      try:
+        arguments["where"] = boolean(arguments["where"])
+        for name in data:
+          _check_array(name, arguments[name], lambda: unmasked(arguments))
+        inputs = dict(arguments)
+        constants = [(n, inputs.pop(n)) for n in ("axis", *static)]
+        # As keys 1, True and 1.0 are equal.
+        keys = tuple((name, x, _types(x)) for name, x in constants)
+        try:
+          hash(keys)
+          return program(keys, inputs, is_debugging())
+        except (OverflowError, TypeError) as e:
+          if isinstance(e, TypeError) and "unhashable" not in str(e):
+            raise
+          return masked(arguments)
+      except Exception as error:
+        try:
+          unmasked(arguments)
+        except Exception as refusal:
+          raise refusal from None
+        # What JAX adds about its frames is longer than the message.
+        getattr(error, "__notes__", []).clear()
+        raise
+
+    return call
+
+  return decorate
+
+
+def _check_array(name, x, check_unmasked):
+  """Refuses what is no array, if the loss does not."""
+  if x is None or hasattr(x, "shape"):
+    return
+  check_unmasked()
+  if not isinstance(x, float | int):
+    raise TypeError(f"`{name}` must be an array, not {type(x).__name__}.")
+
+
+def _broadcast(arrays, axis):
+  """Whether an array has not the shape of the data, nor of their examples."""
+  shapes = [np.shape(x) for x in arrays if x is not None]
+  shape = max(shapes, key=len)
+  axes = canonicalize_axes(axis, shape)
+  batch = tuple(s for a, s in enumerate(shape) if a not in axes)
+  return not all(s in (shape, batch) for s in shapes)
+
+
+def _types(x):
+  return tuple(map(type, x)) if isinstance(x, tuple) else type(x)

@@ -1,0 +1,462 @@
+"""The mask contract, and what keeps masked elements out of a loss.
+
+What a masked loss promises, for every boolean mask and every derivative:
+
+1. Invariance. What a masked element holds changes no bit of the result.
+2. Zero gradient. Derivatives with respect to masked elements are exactly 0.
+3. Compaction. The rest is what the loss gives without the masked elements.
+4. Empty. A slice with nothing included is 0 and has zero gradient.
+5. Identity. Without a mask the loss is the program that it was.
+6. Honesty. NaN or inf in an included element comes out.
+7. Clean arithmetic. No NaN or inf is computed because of a mask.
+8. Transforms. All of this under every JAX transformation and floating dtype.
+
+Multiplying a loss by its mask is not enough: in the backward pass `0 * NaN` is
+NaN, and a large masked logit still enters a normalizer. The way out is to mask
+twice, with a select each time.
+
+On the way in, a masked element is replaced: `select(where, x, fill)`. The value
+of `x` is then unreachable, and so is its gradient, since the derivative of a
+select sends 0 to the branch that was not taken. Clauses 1 and 2 hold by
+construction, whatever the loss. What is left to choose for each argument of a
+loss is the *neutral fill*: one that adds nothing to the result (clause 3) and
+keeps every intermediate value and derivative finite (clause 7). Most fills are
+numbers. Where none will do, since the argument is normalized along the reduced
+axes, the fill is a function of the included elements.
+
+On the way out, a slice with nothing included is replaced by 0 (clause 4).
+
+Not among the transformations of clause 8 is the Taylor mode of
+`jax.experimental.jet`. It has no rule for `jnp.any` and none for a choice
+between platforms, and does not look at custom derivatives; to count instead of
+`jnp.any` would cost a sixth of the time of a `kl_divergence`. It takes any mask
+of the elementwise losses that are Optax's of filled arguments (`hinge_loss`,
+`perceptron_loss`, `sparsemax_loss`) and of `make_fenchel_young_loss`, and no
+mask of another loss.
+"""
+
+import copy
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_masking.fills import (
+  Axes,
+  Fill,
+  Shape,
+  class_is_included,
+  select,
+)
+
+Axis = int | tuple[int, ...] | None
+Where = jax.typing.ArrayLike | Sequence[Any] | None
+
+
+@jax.tree_util.register_pytree_node_class
+class Mask:
+  """What ``where`` includes of the data of one call of a loss.
+
+  A loss that needs more than :func:`masked_inputs` makes one, fills its
+  arguments with it, and has it zero the result. Without a mask each method
+  returns what it is given, so that the loss is the program that it was.
+
+  Attributes:
+    where: The mask, with the rank of the data and broadcastable to them, or
+      None.
+    axes: The axes that the loss reduces, counted from the start.
+    shape: The shape of the data.
+
+  Examples:
+    The probability that a classifier gives to all but the class of an example:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_masking as optax
+    >>> def improbability(logits, labels, axis=-1, where=None):
+    ...   mask = optax.Mask(where, axis, logits, examples=labels)
+    ...   mask = mask.with_class(labels)
+    ...   p = jax.nn.softmax(mask(logits, optax.fills.below_maximum), axis)
+    ...   labels = jnp.expand_dims(mask.example(labels, 0), axis)
+    ...   p = jnp.squeeze(jnp.take_along_axis(p, labels, axis), axis)
+    ...   return mask.out(1 - p)
+    >>> print(improbability(
+    ...     jnp.array([[0.0, 0.0, jnp.nan], [jnp.nan, jnp.nan, jnp.nan]]),
+    ...     jnp.array([1, -100]),
+    ...     where=jnp.array([[True, True, False], [False, False, False]])))
+    [0.5 0. ]
+  """
+
+  where: Any  # An array, or None. Its users have asked which.
+  _axis: Axis
+  axes: Axes
+  shape: Shape
+
+  def __init__(
+    self,
+    where: Where,
+    axis: Axis,
+    *data: Any,
+    examples: Any = None,
+    refuse_ambiguous_where: bool = False,
+  ):
+    """Checks a mask against the data.
+
+    Args:
+      where: What to include, boolean, or None: a scalar, an array or a list
+        that has the rank of the data and broadcasts to them, or one that has
+        the rank of the data without ``axis`` and broadcasts to that.
+      axis: The axes that the loss reduces: an int, a tuple of ints, or None for
+        all. ``()`` for a loss with a number for each element.
+      *data: What broadcasts to the shape of the data: arrays, numbers, None.
+      examples: An array with one entry an example, so without ``axis``, such
+        as class labels; or a tuple of them.
+      refuse_ambiguous_where: Whether to refuse a ``where`` of lower rank that
+        fits the data both as one entry an example and, as NumPy broadcasts,
+        aligned to the last axis. For a loss whose callers may mean the latter.
+
+    Raises:
+      TypeError: If ``where`` is not boolean or ``axis`` not made of ints.
+      ValueError: If ``axis`` is out of range or repeated, or if ``where`` has
+        none of the accepted shapes or fits in two ways.
+    """
+    own = vars(self)  # It can't be assigned to.
+    own.update(where=None, axes=(), shape=(), _axis=axis)
+    if where is None:
+      return
+    mask = boolean(where)
+    shape = jnp.broadcast_shapes(*(np.shape(x) for x in data if x is not None))
+    axes = canonicalize_axes(axis, shape)
+    for x in examples if isinstance(examples, tuple) else (examples,):
+      if x is not None:
+        of_x = _shape_of_examples(np.shape(x), shape, axes)
+        shape = jnp.broadcast_shapes(shape, of_x)
+    new = missing_axes("where", mask.shape, shape, axes, refuse_ambiguous_where)
+    # One of the same rank is kept: even to add no axis takes microseconds.
+    mask = jnp.expand_dims(mask, new) if new else mask
+    own.update(where=mask, axes=axes, shape=shape)
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    raise AttributeError(
+      f"A mask does not change, so its `{name}` can't be assigned."
+    )
+
+  def __call__(self, x: Any, fill: Fill, name: str = "x") -> Any:
+    """Replaces the masked elements of an argument.
+
+    Args:
+      x: An argument that broadcasts to the data; None is returned as it is.
+      fill: What stands in for masked elements. A number, which is cut off to
+        an integer for integers. Or a function ``fill(x, where, axes)`` that
+        returns the filled ``x``, such as ``fills.below_maximum``: ``where`` has
+        size 1 along those of ``axes`` where ``x`` has, and is False there if
+        all that ``x`` meets is masked.
+      name: What an error calls ``x``.
+
+    Returns:
+      The filled argument.
+
+    Raises:
+      TypeError: If ``fill`` is a function and ``x`` is not floating.
+      ValueError: If ``fill`` is a function, and ``axis`` is counted from the
+        start but not the same axis in ``x`` as in the data.
+    """
+    if self.where is None or x is None:
+      return x
+    if is_debugging():
+      x = _without_garbage(x, self.where, 0 if callable(fill) else fill)
+    if not callable(fill):
+      return select(self.where, x, fill)
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError(f"`{name}` must be floating, but has dtype {dtype}.")
+    self.check_axis_of(x, name)
+    shape = (1,) * (len(self.shape) - np.ndim(x)) + np.shape(x)
+    broadcast = tuple(a for a in self.axes if shape[a] == 1 != self.shape[a])
+    where = self.where
+    if any(where.shape[a] != 1 for a in broadcast):
+      where = jnp.any(where, broadcast, keepdims=True)
+    return fill(x, where, self.axes)
+
+  def example(self, x: Any, fill: float) -> Any:
+    """Replaces the entries of examples of which nothing is included."""
+    if self.where is None or x is None:
+      return x
+    if is_debugging():
+      x = _without_garbage(x, self.any, fill)
+    return select(self.any, x, fill)
+
+  @property
+  def any(self) -> jax.Array:
+    """Of which examples anything is included."""
+    return jnp.any(self.where, self.axes)
+
+  def with_class(self, labels: Any) -> "Mask":
+    """A mask without the examples whose own class is masked.
+
+    Args:
+      labels: Integer class labels, one an example. With several axes a label is
+        a flat index into them. One that names no class leaves its example.
+    """
+    if self.where is None:
+      return self
+    own = class_is_included(labels, self.where, self.shape, self.axes)
+    return self.with_where(self.where & own)
+
+  def with_where(self, where: jax.Array) -> "Mask":
+    """The mask of the same data with another array."""
+    other = copy.copy(self)
+    vars(other)["where"] = where
+    return other
+
+  def out(self, result: jax.Array) -> jax.Array:
+    """Zeroes a result where nothing is included.
+
+    Args:
+      result: Of the shape of the data, or of that shape without the axes.
+
+    Raises:
+      ValueError: If it has neither shape.
+    """
+    if self.where is None:
+      return result
+    if np.shape(result) == self.shape:
+      return select(self.where, result, 0)
+    batch = tuple(s for a, s in enumerate(self.shape) if a not in self.axes)
+    self._check_shape_of(result, batch)
+    return select(self.any, result, 0)
+
+  def sum(self, losses: jax.Array, *, zeroed: bool = False) -> jax.Array:
+    """Zeroes what is masked of a number for each element, and sums over `axis`.
+
+    Args:
+      losses: Of the shape of the data.
+      zeroed: Whether they are 0 already where they are masked.
+
+    Raises:
+      ValueError: If they have another shape, or ``axis`` does not fit it.
+    """
+    axes = self.axes
+    if self.where is not None:
+      self._check_shape_of(losses, self.shape)
+      losses = losses if zeroed else select(self.where, losses, 0)
+    elif not isinstance(self._axis, tuple | list) or self._axis:
+      axes = canonicalize_axes(self._axis, np.shape(losses))
+    return jnp.sum(losses, axes) if axes else losses
+
+  def _check_shape_of(self, result: jax.Array, expected: Shape) -> None:
+    if np.shape(result) != expected:
+      raise ValueError(
+        f"The loss returned the shape {np.shape(result)} for data of shape"
+        f" {self.shape}, not {expected}. A loss to be masked reduces the"
+        " `axis` that it declares; without one it returns a value for each"
+        " element. One that reduces more makes a `Mask`, and counts what is"
+        " included."
+      )
+
+  def unfilled(self, x: Any) -> Any:
+    """An argument of which a formula itself selects what is included.
+
+    Its masked elements stay, but where JAX looks at each operation.
+    """
+    if self.where is None or x is None:
+      return x
+    if is_debugging():
+      x = _without_garbage(x, self.where, 0)
+    return jnp.asarray(x)
+
+  def check_axis_of(self, x: Any, name: str) -> None:
+    """Refuses an axis that is not the same in an argument as in the data."""
+    axis, shape = self._axis, np.shape(x)
+    given = axis if isinstance(axis, Sequence) else (axis,)
+    if 0 < len(shape) < len(self.shape) and any(
+      a is not None and a >= 0 for a in given
+    ):
+      raise ValueError(
+        f"`axis` {axis} is not the same in `{name}`, of shape {shape}, as in"
+        f" the data, of shape {self.shape}. Count it from the end, or give"
+        f" `{name}` {len(self.shape)} axes."
+      )
+
+  def tree_flatten(self):
+    return (self.where,), (self._axis, self.axes, self.shape)
+
+  @classmethod
+  def tree_unflatten(cls, static, children):
+    mask = object.__new__(cls)
+    names = ("where", "_axis", "axes", "shape")
+    vars(mask).update(zip(names, (*children, *static), strict=True))
+    return mask
+
+
+def is_debugging() -> bool:
+  """Whether JAX looks for NaN or infinity, or runs operation by operation.
+
+  Then each operation on garbage would be reported, or hide the one that is to
+  be found.
+  """
+  flags = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
+  return any(getattr(jax.config, flag) for flag in flags)
+
+
+def _without_garbage(x: Any, where: jax.Array, fill: float) -> Any:
+  """Replaces what is masked before any other operation on an argument.
+
+  By a finite number, which no result depends on. It takes the select itself:
+  `jnp.where` converts what it is given, and broadcasts it.
+  """
+  in_numpy = isinstance(x, np.ndarray) and not isinstance(
+    where, jax.core.Tracer
+  )
+  if not (in_numpy or isinstance(x, jax.Array)):
+    return x
+  # An element that is broadcast is masked where all that it meets is masked.
+  new = where.ndim - x.ndim
+  shape = (1,) * new + x.shape
+  met = tuple(a for a, size in enumerate(shape) if size == 1)
+  kept = jnp.squeeze(jnp.any(where, met, keepdims=True), tuple(range(new)))
+  if jnp.issubdtype(x.dtype, jnp.integer):
+    fill = int(fill)
+  if in_numpy:  # To put it on a device would be an operation.
+    return np.where(kept, x, np.asarray(fill, x.dtype))
+  kept = jnp.broadcast_to(kept, x.shape)
+  return jax.lax.select(kept, x, jax.lax.full_like(x, fill))
+
+
+def boolean(where: Where) -> jax.Array:
+  """Checks the dtype of a mask."""
+  fix = "`mask != 0`"
+  if isinstance(where, Sequence):  # Not equal to 0, whatever is in it.
+    fix = "`jnp.asarray(mask) != 0`"
+  if not isinstance(where, jax.Array):  # A conversion costs microseconds.
+    where = jnp.asarray(where)
+  if where.dtype != bool:
+    raise TypeError(
+      f"`where` must be boolean, but has dtype {where.dtype}. Pass {fix}."
+    )
+  return where
+
+
+def canonicalize_axes(axis: Axis, shape: Shape) -> Axes:
+  """Checks `axis` against the shape of the data; counts it from the start."""
+  if axis is None:
+    return tuple(range(len(shape)))
+  axes: list[int] = []
+  for given in axis if isinstance(axis, Sequence) else (axis,):
+    try:
+      a = operator.index(given)
+    except TypeError:
+      raise TypeError(
+        f"`axis` must be an int, a tuple of ints or None, not {axis!r}."
+      ) from None
+    if not -len(shape) <= a < len(shape):
+      raise ValueError(f"axis {a} is out of range for the shape {shape}.")
+    if a % len(shape) in axes:
+      raise ValueError(f"axis {a} of the shape {shape} is repeated in {axis}.")
+    axes.append(a % len(shape))
+  return tuple(axes)
+
+
+def missing_axes(
+  name: str,
+  x_shape: Shape,
+  shape: Shape,
+  axes: Axes,
+  refuse_ambiguous: bool,
+) -> Axes:
+  """The axes that a mask, or what has the shape of one, lacks of the data."""
+  rank = len(shape)
+  if not x_shape:
+    return tuple(range(rank))
+
+  def padded(new_axes: Axes) -> Shape:
+    sizes = iter(x_shape)
+    return tuple(1 if a in new_axes else next(sizes) for a in range(rank))
+
+  def fits(new_axes: Axes) -> bool:
+    return len(x_shape) + len(new_axes) == rank and all(
+      w in (1, s) for w, s in zip(padded(new_axes), shape, strict=True)
+    )
+
+  if fits(()):
+    return ()
+  left_aligned = tuple(range(len(x_shape), rank))
+  right_aligned = tuple(range(rank - len(x_shape)))
+  if not fits(axes):
+    batch = tuple(s for a, s in enumerate(shape) if a not in axes)
+    fixes = [
+      name + _indexed(new_axes, rank)
+      for new_axes in dict.fromkeys((left_aligned, right_aligned))
+      if new_axes and fits(new_axes)
+    ]
+    accepted = "".join(
+      f"have rank {len(target)} and broadcast to {target}, or "
+      for target in dict.fromkeys((shape, batch))
+      if target
+    )
+    raise ValueError(
+      f"`{name}` has shape {x_shape}, but for data of shape {shape} and the"
+      f" axes {axes} it must {accepted}be a scalar."
+      + (f" Did you mean {' or '.join(fixes)}?" if fixes else "")
+    )
+  if (
+    refuse_ambiguous
+    and fits(right_aligned)
+    and padded(axes) != padded(right_aligned)
+  ):
+    raise ValueError(
+      f"`{name}` of shape {x_shape} fits data of shape {shape} in two ways:"
+      f" as one entry an example, {name}{_indexed(axes, rank)}, and aligned"
+      f" to the last axis, {name}{_indexed(right_aligned, rank)}. Pass one of"
+      " the two."
+    )
+  return axes
+
+
+def _indexed(new_axes: Axes, rank: int) -> str:
+  """The index that gives a mask these new axes."""
+  kept = [a for a in range(rank) if a not in new_axes]
+  if kept == list(range(len(kept))):
+    return f"[{', '.join(['...'] + ['None'] * len(new_axes))}]"
+  index = ["None" if a in new_axes else ":" for a in range(kept[-1] + 1)]
+  return f"[{', '.join(index)}]"
+
+
+def _shape_of_examples(given: Shape, shape: Shape, axes: Axes) -> Shape:
+  """The shape of what has one entry an example, in the rank of the data."""
+  missing = len(shape) - len(axes) - len(given)
+  if missing < 0:
+    raise ValueError(
+      f"An array with one entry an example has shape {given}, but must have"
+      f" the rank of {shape} without the axes {axes}."
+    )
+  sizes = iter((1,) * missing + given)
+  return tuple(1 if a in axes else next(sizes) for a in range(len(shape)))
+
+
+def axes_last(axis: Axis, *arrays: Any) -> list[Any]:
+  """Moves axes to the end and flattens them, for a loss that has no `axis`.
+
+  The arrays broadcast; None is passed on.
+  """
+  if axis == -1:
+    return list(arrays)
+  shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in arrays if x is not None))
+  axes = canonicalize_axes(axis, shape)
+  batch = len(shape) - len(axes)
+
+  def moved(x):
+    if x is None:
+      return None
+    x = jnp.expand_dims(x, range(len(shape) - jnp.ndim(x)))
+    if any(x.shape[a] != 1 for a in axes):  # If not, it broadcasts later.
+      sizes = [shape[a] if a in axes else s for a, s in enumerate(x.shape)]
+      x = jnp.broadcast_to(x, sizes)
+    x = jnp.moveaxis(x, axes, range(batch, x.ndim))
+    return jnp.reshape(x, (*x.shape[:batch], math.prod(x.shape[batch:])))
+
+  return [moved(x) for x in arrays]

@@ -1,0 +1,124 @@
+"""`Mask` itself, in losses of one's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_all_close, assert_close, assert_equal, masks
+
+import optax_masking as optax
+
+WHERE = masks()["random"]
+X = np.random.default_rng(0).normal(size=WHERE.shape).astype("float32")
+LABELS = np.array([1, 0, 3, 4])
+
+
+def improbability(logits, labels, axis=-1, where=None):
+  """Of the class of each example; 0 where it is masked."""
+  mask = optax.Mask(where, axis, logits, examples=labels).with_class(labels)
+  p = jax.nn.softmax(mask(logits, optax.fills.below_maximum), axis)
+  labels = jnp.expand_dims(mask.example(labels, 0), axis)
+  p = jnp.squeeze(jnp.take_along_axis(p, labels, axis), axis)
+  return mask.out(1 - p)
+
+
+def error(predictions, targets=None, axis=(), where=None):
+  mask = optax.Mask(where, axis, predictions, targets)
+  x, y = mask(predictions, 0.0), mask(targets, 0.0)
+  return mask.sum(abs(x if y is None else x - y))
+
+
+def expected_improbability(where):
+  """One example after the other, without what is masked."""
+  losses = np.zeros(len(X))
+  for i, kept in enumerate(where):
+    if kept[LABELS[i]]:
+      p = np.exp(X[i].astype("float64")) * kept
+      losses[i] = 1 - p[LABELS[i]] / p.sum()
+  return losses
+
+
+@pytest.mark.parametrize("kind", masks())
+def test_class(kind):
+  where = masks()[kind]
+  garbage = np.where(where, X, np.nan)
+  labels = np.where(where.any(-1), LABELS, -100)
+  got = improbability(garbage, labels, where=where)
+  assert_close(got, expected_improbability(where), "float32", terms=1.0)
+  assert_all_close(improbability(garbage.T, labels, 0, where.T), got, "float32")
+  gradient = jax.grad(lambda x: improbability(x, labels, where=where).sum())
+  assert_equal(gradient(garbage)[~where], 0)
+
+
+def test_sum():
+  garbage = np.where(WHERE, X, np.inf)
+  expected = np.where(WHERE, abs(X), 0)
+  assert_equal(error(garbage, where=WHERE), expected)
+  assert_close(error(garbage, axis=0, where=WHERE), expected.sum(0), "float32")
+  assert_close(error(X, axis=None), abs(X).sum(), "float32")
+  assert_equal(error(X, 1.0, where=False), 0)
+  with pytest.raises(ValueError, match=r"axis 2 is out of range"):
+    error(X, axis=2)
+
+
+def test_without_a_mask():
+  """It is the loss itself, and what it is given."""
+  mask = optax.Mask(None, 5, X, examples=LABELS)
+  assert mask.where is None
+  assert mask(X, 0.0) is X
+  assert mask.example(LABELS, 0) is LABELS
+  assert mask.with_class(LABELS) is mask
+  assert mask.out(X) is X
+  plain = jax.make_jaxpr(abs)(X)
+  assert str(jax.make_jaxpr(error)(X)) == str(plain)
+
+
+def test_with_class_is_another_mask():
+  mask = optax.Mask(WHERE, -1, X, examples=LABELS)
+  other = mask.with_class(LABELS)
+  own = WHERE[np.arange(4), LABELS]
+  assert not own.all()
+  np.testing.assert_array_equal(mask.where, WHERE)
+  np.testing.assert_array_equal(other.where, WHERE & own[:, None])
+  np.testing.assert_array_equal(other.any, own)
+  with pytest.raises(AttributeError, match="its `where` can't be assigned"):
+    mask.where = other.where
+
+
+def test_transformations():
+  """It is made inside of them, or passed in and out."""
+  mask = optax.Mask(WHERE, -1, X)
+  filled = np.where(WHERE, X, 0)
+  assert_equal(jax.jit(lambda m, x: m(x, 0.0))(mask, X), filled)
+  again = jax.jit(lambda m: m)(mask)
+  assert (again.axes, again.shape) == ((1,), X.shape)
+  np.testing.assert_array_equal(again.any, WHERE.any(-1))
+  with pytest.raises(ValueError, match=r"`axis` 1 is not the same in `x`"):
+    jax.jit(lambda m, x: m(x, optax.fills.below_maximum))(
+      optax.Mask(WHERE, 1, X), X[0]
+    )
+  rows = jax.vmap(lambda x, where: optax.Mask(where, -1, x)(x, 0.0))
+  assert_equal(rows(X, WHERE), filled)
+  _, scanned = jax.lax.scan(
+    lambda carry, row: (carry, optax.Mask(row[1], -1, row[0])(row[0], 0.0)),
+    None,
+    (X, WHERE),
+  )
+  assert_equal(scanned, filled)
+
+
+def test_result_of_another_shape():
+  mask = optax.Mask(WHERE, -1, X)
+  for result, expected in ((mask.out, r"\(4,\)"), (mask.sum, r"\(4, 5\)")):
+    with pytest.raises(
+      ValueError,
+      match=r"returned the shape \(\) for data of shape \(4, 5\), not "
+      + expected,
+    ):
+      result(jnp.zeros(()))
+
+
+def test_examples_of_another_rank():
+  with pytest.raises(ValueError, match=r"has shape \(4, 5\), but must have"):
+    optax.Mask(WHERE, -1, X, examples=np.ones((4, 5), int))
+  assert optax.Mask(True, -1, X[:1], examples=LABELS).shape == (4, 5)
