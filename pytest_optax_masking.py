@@ -64,8 +64,7 @@ class MaskAudit(pytest.Collector):
     return []
 
   def of_target(self, target):
-    from optax_masking import _audit
-    from optax_masking.testing import CLAUSES
+    from optax_masking.testing import CLAUSES, _audit
 
     try:
       losses = _audit.losses_of(target)

@@ -26,7 +26,7 @@ from cases import (
 )
 
 import optax_masking as optax
-from optax_masking._wrappers import refuses_ambiguous_where
+from optax_masking.upstream._wrappers import refuses_ambiguous_where
 
 REDUCING = [case for case in SLICED if not case.elementwise]
 # Whose callers may mean by a mask of lower rank one of the last axis.

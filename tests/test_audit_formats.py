@@ -9,8 +9,8 @@ import re
 
 from absl.testing import absltest, parameterized
 
-from optax_masking import _audit_formats as formats
-from optax_masking._audit_formats import Audit, identify
+from optax_masking.testing import _audit_formats as formats
+from optax_masking.testing._audit_formats import Audit, identify
 from optax_masking.testing._report import CLAUSES, Finding, Report
 
 LONG_NAME = "softmax_cross_entropy_with_integer_labels"

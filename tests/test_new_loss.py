@@ -142,7 +142,7 @@ def run(tmp_path_factory):
 
   fingerprint = run(
     "-c",
-    "from optax_masking._staging import Checkout\n"
+    "from optax_masking.upstream._staging import Checkout\n"
     "print(Checkout.at('.').fingerprint('absolute_error'))",
   )
   put_in(table, "FINGERPRINT", fingerprint.strip())

@@ -25,7 +25,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from cases import MASKED
 
-from optax_masking import _upstream
+from optax_masking.upstream import _proposals
 
 (COMMAND,) = importlib.metadata.entry_points(
   group="console_scripts", name="optax-masking"
@@ -520,12 +520,12 @@ class StageTest(StagingTestCase):
 
 
 def all_clean(root, names):
-  kept = _upstream.Verdict(("accepts",), (), False, "")
+  kept = _proposals.Verdict(("accepts",), (), False, "")
   return dict.fromkeys(names, kept)
 
 
 def all_broken(root, names):
-  broken = _upstream.Verdict(("accepts",), ("empty",), False, "")
+  broken = _proposals.Verdict(("accepts",), ("empty",), False, "")
   return dict.fromkeys(names, broken)
 
 
@@ -611,7 +611,7 @@ class PlantedTest(StagingTestCase):
     self.assert_refused(*arguments, message=message)
 
   def test_unmasked_by_hand(self):
-    with mock.patch.object(_upstream, "verdicts", all_broken):
+    with mock.patch.object(_proposals, "verdicts", all_broken):
       self.check_unmasked_by_hand()
 
   @pytest.mark.nightly
@@ -693,7 +693,7 @@ class PlantedTest(StagingTestCase):
     )
 
   def test_maskable(self):
-    with mock.patch.object(_upstream, "verdicts", all_broken):
+    with mock.patch.object(_proposals, "verdicts", all_broken):
       self.check_maskable()
 
   @pytest.mark.nightly
@@ -718,7 +718,7 @@ class PlantedTest(StagingTestCase):
     )
 
   def test_fixed(self):
-    with mock.patch.object(_upstream, "verdicts", all_clean):
+    with mock.patch.object(_proposals, "verdicts", all_clean):
       self.check_fixed()
 
   @pytest.mark.nightly
@@ -751,18 +751,18 @@ def found_in(root, names):
     )
     lines = ast.unparse(definition(text, name)).splitlines()
     if any("_masking" in line for line in lines):
-      found[name] = _upstream.Verdict(("accepts",), (), False, "")
+      found[name] = _proposals.Verdict(("accepts",), (), False, "")
     elif name in ("cosine_distance", "softmax_cross_entropy"):
-      found[name] = _upstream.Verdict(
+      found[name] = _proposals.Verdict(
         ("accepts",),
         ("empty",),
         True,
         "When `predictions` holds nan, the gradient of it becomes nan;",
       )
     elif name.endswith("integer_labels"):
-      found[name] = _upstream.Verdict(("accepts",), ("empty",), False, "")
+      found[name] = _proposals.Verdict(("accepts",), ("empty",), False, "")
     else:
-      found[name] = _upstream.Verdict((), ("accepts",), False, "")
+      found[name] = _proposals.Verdict((), ("accepts",), False, "")
   return found
 
 
@@ -793,7 +793,7 @@ class MessageTest(StagingTestCase):
 
   def test_staged(self):
     """Of what an audit would find."""
-    with mock.patch.object(_upstream, "verdicts", found_in):
+    with mock.patch.object(_proposals, "verdicts", found_in):
       self.check_staged()
 
   @pytest.mark.nightly
@@ -848,7 +848,7 @@ class MessageTest(StagingTestCase):
 class StatusTest(StagingTestCase):
   def test_status(self):
     """Of what an audit would find."""
-    with mock.patch.object(_upstream, "verdicts", found_in):
+    with mock.patch.object(_proposals, "verdicts", found_in):
       self.check_status()
 
   @pytest.mark.nightly

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optax_masking
-from optax_masking import _staging, _wrappers
-from optax_masking._staging import Checkout, StagingError
 from optax_masking.losses._table import ROWS
 from optax_masking.testing import CLAUSES
+from optax_masking.upstream import _staging, _wrappers
+from optax_masking.upstream._staging import Checkout, StagingError
 
 # Threads of https://github.com/google-deepmind/optax, with what a masked loss
 # does about them, and for which losses.
@@ -122,7 +122,7 @@ def verdicts(root: pathlib.Path, names: Sequence[str]) -> dict[str, Verdict]:
   """
   if not names:
     return {}
-  package = pathlib.Path(__file__).parent.parent
+  package = pathlib.Path(__file__).parents[2]
   path = [str(root), str(package), os.environ.get("PYTHONPATH", "")]
   environment = {
     **os.environ,

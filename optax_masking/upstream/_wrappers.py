@@ -6,7 +6,8 @@ import pathlib
 import re
 from collections.abc import Collection, Iterable
 
-from optax_masking._source import (
+from optax_masking.losses._table import ROWS
+from optax_masking.upstream._source import (
   Module,
   defined_by,
   hanging,
@@ -17,9 +18,8 @@ from optax_masking._source import (
   needed,
   sort_key,
 )
-from optax_masking.losses._table import ROWS
 
-_PACKAGE = pathlib.Path(__file__).parent
+_PACKAGE = pathlib.Path(__file__).parents[1]
 ENGINE = "_masking"
 TESTS = "_masking_test"
 # The modules of the engine, each after those that it needs.
@@ -204,7 +204,8 @@ def _cases(names: Collection[str]) -> str:
 
 def tests_text(names: Collection[str]) -> str:
   """Tests of losses, beside Optax's own and in their style."""
-  module = Module(own(TESTS).text.replace("_CASES = ()\n", _cases(names)))
+  text = own(f"upstream/{TESTS}").text
+  module = Module(text.replace("_CASES = ()\n", _cases(names)))
   body = module.tree.body
   classes = [
     node.name

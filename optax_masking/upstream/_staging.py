@@ -20,7 +20,8 @@ import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from optax_masking._source import (
+from optax_masking._output import CommandError
+from optax_masking.upstream._source import (
   Edit,
   Module,
   defined_by,
@@ -32,7 +33,7 @@ from optax_masking._source import (
   parameters,
   with_imports,
 )
-from optax_masking._wrappers import (
+from optax_masking.upstream._wrappers import (
   ALIASES,
   ENGINE,
   KNOWN,
@@ -54,7 +55,7 @@ from optax_masking._wrappers import (
 _YEAR = 2026  # Of the license of new files.
 
 
-class StagingError(Exception):
+class StagingError(CommandError):
   """A checkout, or a loss in it, that is not understood.
 
   Attributes:

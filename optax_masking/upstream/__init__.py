@@ -1,0 +1,1 @@
+"""Pull requests to Optax: its losses, masked in its own source."""
