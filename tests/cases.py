@@ -79,24 +79,7 @@ NAMED = [(case.name, case) for case in CASES]
 BY_NAME = dict(NAMED)
 # Those with one number for each slice, or for each of its elements.
 SLICED = [case for case in CASES if case.slices and not case.keeps_shape]
-# One of each mechanism: fills that are numbers and fills that are functions (of
-# norms, of a softmax, of a maximum), formulas with a class and with
-# probabilities, of errors and of elements, a result of the data's shape, whole
-# batches. What depends on the mechanism alone is tested of these.
-MECHANISMS = (
-  "kl_divergence",
-  "cosine_distance",
-  "softmax_cross_entropy_with_integer_labels",
-  "softmax_cross_entropy",
-  "squared_error",
-  "sigmoid_binary_cross_entropy",
-  "poly_loss_cross_entropy",
-  "multiclass_hinge_loss",
-  "smooth_labels",
-  "dice_loss",
-  "ntxent",
-  "ctc_loss_with_forward_probs",
-)
+MECHANISMS = [case.name for case in CASES if case.mechanism]
 
 
 def turn(mechanism: str, dtypes: Sequence[str]) -> str:

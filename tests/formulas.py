@@ -232,7 +232,7 @@ def _ctc(x, where):
   return np.array(losses)
 
 
-# Of all of the data and a mask.
+# Of all of the data and a mask: for losses that mix examples.
 OF_THE_WHOLE = {
   "dice_loss": _dice,
   "multiclass_generalized_dice_loss": _generalized_dice,
@@ -244,7 +244,7 @@ OF_THE_WHOLE = {
 
 
 def _value(case, arguments, where):
-  if case.name in OF_THE_WHOLE:
+  if not case.slices:
     return OF_THE_WHOLE[case.name](*arguments, where)
   keeps_shape = case.elementwise or case.keeps_shape
   out = np.zeros(

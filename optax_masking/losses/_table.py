@@ -177,6 +177,8 @@ class Row:
     makes_loss: Whether it is a function that returns the loss.
     alias_of: The loss of which this is a deprecated name.
     output_of: The loss that it calls, for the first of its results.
+    mechanism: The way of masking that tests try with it by day. What depends
+      on the way alone is tested of other losses at night.
   """
 
   name: str
@@ -197,6 +199,7 @@ class Row:
   makes_loss: bool = False
   alias_of: str | None = None
   output_of: str | None = None
+  mechanism: str | None = None
 
   def of(self, losses: Any) -> Loss:
     """The loss of a module, as a function of the data."""
@@ -286,12 +289,19 @@ _CTC: dict[str, Any] = {
 }
 
 _ROWS = (
-  Row("softmax_cross_entropy", (logits, soft_labels), _CLASSES, ("d199865b",)),
+  Row(
+    "softmax_cross_entropy",
+    (logits, soft_labels),
+    _CLASSES,
+    ("d199865b",),
+    mechanism="a formula with probabilities",
+  ),
   Row(
     "softmax_cross_entropy_with_integer_labels",
     (logits, class_index),
     f"classes, from the normalizer, or whole examples; {_OWN_CLASS}",
     ("53a93425",),
+    mechanism="a formula with a class",
   ),
   Row(
     "safe_softmax_cross_entropy", (logits, soft_labels), _CLASSES, ("7cdce703",)
@@ -301,6 +311,7 @@ _ROWS = (
     (logits, soft_labels),
     _CLASSES,
     ("53656573",),
+    mechanism="a fill of a softmax",
   ),
   Row(
     "ranking_softmax_loss",
@@ -317,6 +328,7 @@ _ROWS = (
     f"classes, from the maximum, or whole examples; {_OWN_CLASS}",
     ("0555c84a",),
     fit=_one_axis_of_examples,
+    mechanism="a fill of a maximum, with a class",
   ),
   Row(
     "multiclass_perceptron_loss",
@@ -346,6 +358,7 @@ _ROWS = (
     (log_probabilities, probabilities),
     _TERMS,
     ("fcfa2a1e",),
+    mechanism="fills that are numbers",
   ),
   Row(
     "kl_divergence_with_log_targets",
@@ -377,6 +390,7 @@ _ROWS = (
     (logits, logits),
     _ENTRIES,
     ("770e02c1",),
+    mechanism="a fill of norms",
   ),
   Row(
     "triplet_margin_loss",
@@ -390,6 +404,7 @@ _ROWS = (
     _ELEMENTS,
     ("fa58b3e2",),
     elementwise=True,
+    mechanism="a formula of elements",
   ),
   Row(
     "sigmoid_focal_loss",
@@ -421,6 +436,7 @@ _ROWS = (
     _ELEMENTS,
     ("5cb021b1",),
     elementwise=True,
+    mechanism="a formula of errors",
   ),
   Row("l2_loss", (logits, logits), _ELEMENTS, ("85cf2c50",), elementwise=True),
   Row(
@@ -435,6 +451,7 @@ _ROWS = (
     ("f96ddf7e",),
     left="0 for each class",
     keeps_shape=True,
+    mechanism="a result of the data's shape",
   ),
   Row(
     "dice_loss",
@@ -445,6 +462,7 @@ _ROWS = (
     slices=False,
     shape=(2, 4, 3),
     fit=_images,
+    mechanism="a batch of images",
   ),
   Row(
     "multiclass_generalized_dice_loss",
@@ -473,6 +491,7 @@ _ROWS = (
     slices=False,
     shape=(6, 5),
     fit=_few_examples,
+    mechanism="a batch of embeddings",
   ),
   Row(
     "ctc_loss",
@@ -487,6 +506,7 @@ _ROWS = (
     (logits,),
     _FRAMES,
     ("91732f90",),
+    mechanism="a batch of sequences",
     **_CTC,
   ),
 )
