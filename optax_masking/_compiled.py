@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_masking._decorator import P, R, reader
@@ -23,6 +24,7 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
   that no input can hold.
 
   What the loss refuses without a mask it refuses with one, in the same words.
+  It has to be a loss with `where=None`, too.
 
   Args:
     *static: Parameters that are the structure of the program, such as flags.
@@ -45,7 +47,7 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def masked(arguments):
       # What a fill broadcasts, the loss itself may refuse to.
-      if _broadcast([arguments[n] for n in data], arguments["axis"]):
+      if _have_unequal_shapes([arguments[n] for n in data], arguments["axis"]):
         unmasked(arguments)
       return function(**arguments)
 
@@ -64,7 +66,10 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
       try:
         arguments["where"] = boolean(arguments["where"])
         for name in data:
-          _check_array(name, arguments[name], lambda: unmasked(arguments))
+          x = arguments[name]
+          if name == data[0] and not hasattr(x, "shape"):
+            unmasked(arguments)  # A number as data: Optax's losses take none.
+          arguments[name] = _array(name, x)
         inputs = dict(arguments)
         constants = [(n, inputs.pop(n)) for n in ("axis", *static)]
         # As keys 1, True and 1.0 are equal.
@@ -90,17 +95,19 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
   return decorate
 
 
-def _check_array(name, x, check_unmasked):
-  """Refuses what is no array, if the loss does not."""
-  if x is None or hasattr(x, "shape"):
-    return
-  check_unmasked()
+def _array(name, x):
+  """Converts what is like an array, and refuses what is neither."""
+  if x is None or isinstance(x, jax.Array | np.ndarray | np.generic):
+    return x
+  if hasattr(x, "shape"):
+    return jnp.asarray(x)
   if not isinstance(x, float | int):
     raise TypeError(f"`{name}` must be an array, not {type(x).__name__}.")
+  return x
 
 
-def _broadcast(arrays, axis):
-  """Whether an array has not the shape of the data, nor of their examples."""
+def _have_unequal_shapes(arrays, axis):
+  """Whether one has neither the shape of the data nor one entry an example."""
   shapes = [np.shape(x) for x in arrays if x is not None]
   shape = max(shapes, key=len)
   axes = canonicalize_axes(axis, shape)

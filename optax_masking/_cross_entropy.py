@@ -98,7 +98,7 @@ def sigmoid_cross_entropy(mask: Mask, logits: Any, labels: Any) -> jax.Array:
   :math:`((1 - y) p - y (1 - p)) \, dx - x \, dy`.
   """
   logits, labels = mask.unfilled(logits), mask.unfilled(labels)
-  dtype = jnp.result_type(logits, labels)
+  dtype = logits.dtype  # To which Optax converts the labels.
   logits, labels = jnp.broadcast_arrays(logits, labels)
   if not jnp.issubdtype(labels.dtype, jnp.floating):
     labels = labels.astype(_wide(logits.dtype))

@@ -1,5 +1,6 @@
 """What gives a loss of filled arguments `axis` and `where`."""
 
+import contextlib
 import functools
 import inspect
 import numbers
@@ -7,10 +8,11 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._mask import Mask
+from optax_masking._mask import Mask, is_empty
 from optax_masking.fills import Fill, PerExample
 
 P = ParamSpec("P")
@@ -63,7 +65,7 @@ def masked_inputs(
       Those of :mod:`optax_masking.fills` are for the common cases.
 
       An argument of None is passed on as it is and, for a parameter whose
-      default is a number, a scalar.
+      default is a number, a Python scalar.
 
   Returns:
     A decorator. A loss without ``axis`` or ``where`` in its signature gets them
@@ -109,25 +111,35 @@ def masked_inputs(
 
   def decorate(loss: Callable[P, R]) -> Callable[P, R]:
     _check_fills(loss, fills)
-    signature = _with_axis_and_where(inspect.signature(loss))
+    own = inspect.signature(loss)
+    signature = _with_axis_and_where(own)
     parameters = signature.parameters
-    added = parameters.keys() - inspect.signature(loss).parameters.keys()
+    added = parameters.keys() - own.parameters.keys()
     elementwise = parameters["axis"].default == ()
     axis_of, where_of = reader("axis", signature), reader("where", signature)
+
+    def evaluate(call: inspect.BoundArguments, **changes: Any) -> Any:
+      given = {**call.arguments, **changes}
+      if elementwise:
+        given["axis"] = ()  # The sum is taken here.
+      given = {n: x for n, x in given.items() if n not in added}
+      inner = inspect.BoundArguments(own, given)
+      return loss(*inner.args, **inner.kwargs)
 
     @functools.wraps(loss)
     def masked_loss(*args: Any, **kwargs: Any) -> Any:
       where, axis = where_of(args, kwargs), axis_of(args, kwargs)
-      if where is None and not (elementwise and axis != ()):
+      sums = elementwise and not is_empty(axis)
+      if where is None and not sums:
         kwargs = {n: x for n, x in kwargs.items() if n not in added}
         return loss(*args, **kwargs)
       call = signature.bind(*args, **kwargs)
       call.apply_defaults()
-      given = call.arguments
-      arrays = {
-        n: given[n] for n in fills if _is_array(given[n], parameters[n])
-      }
-      examples = {n for n in arrays if isinstance(fills[n], PerExample)}
+      if where is None:
+        return Mask(None, axis).sum(evaluate(call))
+      given = {n: call.arguments[n] for n in fills}
+      arrays = {n: x for n, x in given.items() if _is_array(x, parameters[n])}
+      examples = [n for n in arrays if isinstance(fills[n], PerExample)]
       mask = Mask(
         where,
         axis,
@@ -135,19 +147,19 @@ def masked_inputs(
         examples=tuple(arrays[n] for n in examples),
         refuse_ambiguous_where=refuse_ambiguous_where,
       )
+      filled = {}
       for name, x in arrays.items():
         fill = fills[name]
         if isinstance(fill, PerExample):
-          given[name] = mask.example(x, fill.fill)
+          filled[name] = mask.example(x, fill.fill)
         else:
-          given[name] = mask(x, fill, name)
-      if where is not None:
-        given["where"] = jnp.broadcast_to(mask.where, mask.shape)
-      if elementwise:
-        given["axis"] = ()  # The sum is taken here.
-      for name in added:
-        del given[name]
-      result: Any = loss(*call.args, **call.kwargs)
+          filled[name] = mask(x, fill, name)
+      # The loss may refuse to broadcast what a fill has broadcast.
+      if any(np.shape(filled[n]) != np.shape(x) for n, x in arrays.items()):
+        with contextlib.suppress(jax.errors.ConcretizationTypeError):
+          jax.eval_shape(lambda: evaluate(call, where=None))
+      whole = jnp.broadcast_to(mask.where, mask.shape)
+      result = evaluate(call, **filled, where=whole)
       return mask.sum(result) if elementwise else mask.out(result)
 
     masked_loss.__signature__ = signature  # type: ignore[attr-defined]
@@ -160,12 +172,11 @@ def _is_array(x: Any, parameter: inspect.Parameter) -> bool:
   """Whether an argument is to be filled."""
   if x is None:
     return False
-  if isinstance(parameter.default, numbers.Real):  # Shared, unless an array.
-    return np.ndim(x) > 0
-  if not (hasattr(x, "shape") or isinstance(x, numbers.Real)):
+  is_number = isinstance(x, float | int)
+  if not (is_number or hasattr(x, "shape")):
     kind = type(x).__name__
     raise TypeError(f"`{parameter.name}` must be an array, not {kind}.")
-  return True
+  return not (is_number and isinstance(parameter.default, float | int))
 
 
 def _check_fills(loss: Callable[..., Any], fills: Mapping[str, Any]) -> None:

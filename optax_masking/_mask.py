@@ -57,7 +57,6 @@ Axis = int | tuple[int, ...] | None
 Where = jax.typing.ArrayLike | Sequence[Any] | None
 
 
-@jax.tree_util.register_pytree_node_class
 class Mask:
   """What ``where`` includes of the data of one call of a loss.
 
@@ -68,8 +67,9 @@ class Mask:
   Attributes:
     where: The mask, with the rank of the data and broadcastable to them, or
       None.
-    axes: The axes that the loss reduces, counted from the start.
-    shape: The shape of the data.
+    axes: The axes that the loss reduces, counted from the start; ``()`` without
+      a mask.
+    shape: The shape of the data; ``()`` without a mask.
 
   Examples:
     The probability that a classifier gives to all but the class of an example:
@@ -244,7 +244,7 @@ class Mask:
     if self.where is not None:
       self._check_shape_of(losses, self.shape)
       losses = losses if zeroed else select(self.where, losses, 0)
-    elif not isinstance(self._axis, tuple | list) or self._axis:
+    elif not is_empty(self._axis):
       axes = canonicalize_axes(self._axis, np.shape(losses))
     return jnp.sum(losses, axes) if axes else losses
 
@@ -282,15 +282,10 @@ class Mask:
         f" `{name}` {len(self.shape)} axes."
       )
 
-  def tree_flatten(self):
-    return (self.where,), (self._axis, self.axes, self.shape)
 
-  @classmethod
-  def tree_unflatten(cls, static, children):
-    mask = object.__new__(cls)
-    names = ("where", "_axis", "axes", "shape")
-    vars(mask).update(zip(names, (*children, *static), strict=True))
-    return mask
+def is_empty(axis: Axis) -> bool:
+  """Whether it names no axis."""
+  return isinstance(axis, tuple | list) and not axis
 
 
 def is_debugging() -> bool:

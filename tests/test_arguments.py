@@ -508,6 +508,36 @@ PARAMETERS = (
 )
 
 
+def test_types_of_labels():
+  """Optax converts the labels of some losses to the dtype of the logits."""
+  logits = jnp.ones(SHAPE, "float16")
+  loss = optax.sigmoid_binary_cross_entropy
+  original = upstream.sigmoid_binary_cross_entropy
+  for dtype in ("float32", "bfloat16", "int32", "bool"):
+    labels = jnp.ones(SHAPE, dtype)
+    got = loss(logits, labels, where=True)
+    assert got.dtype == original(logits, labels).dtype
+    with jax.numpy_dtype_promotion("strict"):
+      loss(logits, labels, where=np.ones(SHAPE, bool))
+
+
+def test_what_is_like_an_array():
+  class Like:
+    def __init__(self, x):
+      self.x, self.shape, self.dtype, self.ndim = x, x.shape, x.dtype, x.ndim
+
+    def __array__(self, dtype=None, copy=None):
+      return np.asarray(self.x, dtype)
+
+  x, y = BY_NAME["kl_divergence"].arguments()
+  where = masks()["random"]
+  assert_close(
+    optax.kl_divergence(x, Like(y), where=where),
+    optax.kl_divergence(x, y, where=where),
+    "float32",
+  )
+
+
 def check_types(case, kinds, shapes, call):
   """The result has Optax's dtype, and is weak where Optax's is.
 

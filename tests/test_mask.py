@@ -86,17 +86,8 @@ def test_with_class_is_another_mask():
 
 
 def test_transformations():
-  """It is made inside of them, or passed in and out."""
-  mask = optax.Mask(WHERE, -1, X)
+  """It is made inside of them."""
   filled = np.where(WHERE, X, 0)
-  assert_equal(jax.jit(lambda m, x: m(x, 0.0))(mask, X), filled)
-  again = jax.jit(lambda m: m)(mask)
-  assert (again.axes, again.shape) == ((1,), X.shape)
-  np.testing.assert_array_equal(again.any, WHERE.any(-1))
-  with pytest.raises(ValueError, match=r"`axis` 1 is not the same in `x`"):
-    jax.jit(lambda m, x: m(x, optax.fills.below_maximum))(
-      optax.Mask(WHERE, 1, X), X[0]
-    )
   rows = jax.vmap(lambda x, where: optax.Mask(where, -1, x)(x, 0.0))
   assert_equal(rows(X, WHERE), filled)
   _, scanned = jax.lax.scan(

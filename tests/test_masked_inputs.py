@@ -200,6 +200,54 @@ class DecoratorTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r"`where` has shape \(7,\)"):
       loss(X, Y, where=np.ones(7, bool))
 
+  def test_shapes_that_a_loss_refuses(self):
+    """A fill broadcasts; a loss that does not is asked before."""
+
+    @optax.masked_inputs(x=0.0, y=0.0)
+    def loss(x, y):
+      if x.shape != y.shape:
+        raise ValueError(f"refused: {x.shape} and {y.shape}")
+      return jnp.abs(x - y)
+
+    with self.assertRaisesWithLiteralMatch(
+      ValueError, "refused: (4, 5) and (5,)"
+    ):
+      loss(X, Y[0], where=WHERE)
+    with self.assertRaisesRegex(ValueError, "inconsistent size"):
+      optax.losses.make_fenchel_young_loss(jax.nn.logsumexp)(
+        X, Y[:, :1], where=WHERE
+      )
+
+  def test_parameter_of_each_example(self):
+    """An array without axes is no number: under `vmap` it may be garbage."""
+    where = np.array([True, False, True, False])
+    garbage = jnp.where(where, 1.0, jnp.nan)
+    for loss, parameter in (
+      (optax.huber_loss, "delta"),
+      (optax.cosine_similarity, "epsilon"),
+      (optax.sigmoid_focal_loss, "gamma"),
+    ):
+
+      def total(values, loss=loss, parameter=parameter):
+        each = jax.vmap(
+          lambda x, y, v, w: loss(x, y, where=w, **{parameter: v})
+        )
+        return each(X, abs(Y) % 1, values, where).sum()
+
+      assert_equal(jax.grad(total)(garbage)[~where], 0)
+
+  def test_without_a_mask_nothing_is_refused(self):
+    @optax.masked_inputs(x=0.0)
+    def loss(x):
+      return jnp.abs(jnp.asarray(x))
+
+    assert_equal(loss([1.0, -2.0], axis=-1), 3)
+
+  def test_axis_that_is_an_array(self):
+    for where in (None, True):
+      with self.assertRaisesRegex(TypeError, "`axis` must be an int, a tuple"):
+        optax.hinge_loss(X, Y, axis=np.array([0, 1]), where=where)
+
   def test_labels_of_the_wrong_rank(self):
     @optax.masked_inputs(scores=0.0, labels=optax.fills.PerExample(0))
     def loss(scores, labels, axis=-1):

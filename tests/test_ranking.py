@@ -48,6 +48,10 @@ def of_lists(where):
   return losses
 
 
+def mean_of_counted(losses, where):
+  return jnp.sum(losses * where) / jnp.sum(where)
+
+
 @pytest.mark.slow
 class ReductionTest(parameterized.TestCase):
   @parameterized.parameters([(f,) for f in REDUCTIONS])
@@ -73,6 +77,17 @@ class ReductionTest(parameterized.TestCase):
     for gradient in gradients:
       assert_equal(gradient[~WHERE], 0)
       self.assertTrue(jnp.all(jnp.isfinite(gradient)))
+
+  def test_mask_that_broadcasts(self):
+    """A reduction may count it."""
+    for where in (np.array(True), WHERE[..., :1, :]):
+      assert_allclose(
+        *(
+          loss(LOGITS, LABELS, where=mask, reduce_fn=mean_of_counted)
+          for mask in (where, np.broadcast_to(where, WHERE.shape))
+        ),
+        rtol=1e-5,
+      )
 
   @parameterized.parameters([(f,) for f in REDUCTIONS])
   def test_nothing_included(self, reduce_fn):

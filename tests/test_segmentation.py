@@ -325,6 +325,8 @@ class ArgumentsTest(parameterized.TestCase):
       optax.losses.dice_loss, targets=TARGETS, apply_softmax=False
     )
     loss(wrong, where=PIXELS)
+    with self.assertRaisesRegex(TypeError, "`where` must be boolean"):
+      loss(wrong, where=PIXELS.astype(int))
     wrong[0, 0, 0] *= 2
     with self.assertRaisesRegex(ValueError, "the sums are between 1.* and 2.0"):
       loss(wrong, where=PIXELS)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_masking._compiled import compiled
 from optax_masking._decorator import masked_inputs
@@ -247,14 +248,14 @@ def log_cosh(
   return mask.sum(losses, zeroed=True)
 
 
-# 0 adds nothing to the product and the norms, of which none may be 0.
+def _of_norms(mask, epsilon):
+  """An `epsilon` of 1 for masked vectors. A number is one for each vector."""
+  if mask.where is None or np.ndim(epsilon):
+    return mask(epsilon, 1.0)
+  return jnp.expand_dims(mask.example(epsilon, 1.0), mask.axes)
+
+
 @compiled()
-@masked_inputs(
-  predictions=zero_unless_empty,
-  targets=zero_unless_empty,
-  epsilon=1.0,
-  refuse_ambiguous_where=True,
-)
 def cosine_similarity(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -305,19 +306,17 @@ def cosine_similarity(
     `Cosine similarity <https://en.wikipedia.org/wiki/Cosine_similarity>`_,
     Wikipedia.
   """
-  return original.cosine_similarity(
-    predictions, targets, epsilon=epsilon, axis=axis
+  mask = Mask(
+    where, axis, predictions, targets, epsilon, refuse_ambiguous_where=True
   )
+  # 0 adds nothing to the product and the norms, of which none may be 0.
+  x = mask(predictions, zero_unless_empty, "predictions")
+  y = mask(targets, zero_unless_empty, "targets")
+  epsilon = _of_norms(mask, epsilon)
+  return mask.out(original.cosine_similarity(x, y, epsilon=epsilon, axis=axis))
 
 
-# 0 adds nothing to the product and the norms, of which none may be 0.
 @compiled()
-@masked_inputs(
-  predictions=zero_unless_empty,
-  targets=zero_unless_empty,
-  epsilon=1.0,
-  refuse_ambiguous_where=True,
-)
 def cosine_distance(
   predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -358,6 +357,11 @@ def cosine_distance(
     <https://en.wikipedia.org/wiki/Cosine_similarity#Cosine_distance>`_,
     Wikipedia.
   """
-  return original.cosine_distance(
-    predictions, targets, epsilon=epsilon, axis=axis
+  mask = Mask(
+    where, axis, predictions, targets, epsilon, refuse_ambiguous_where=True
   )
+  # 0 adds nothing to the product and the norms, of which none may be 0.
+  x = mask(predictions, zero_unless_empty, "predictions")
+  y = mask(targets, zero_unless_empty, "targets")
+  epsilon = _of_norms(mask, epsilon)
+  return mask.out(original.cosine_distance(x, y, epsilon=epsilon, axis=axis))

@@ -191,7 +191,7 @@ def _sums(predictions, targets, axis=-1, *, where):
   """Of the probabilities of each pixel, 1 if a class is masked."""
   shape = _shape_of_pixels(predictions, targets)
   mask = Mask(where, axis, jax.ShapeDtypeStruct(shape, bool))
-  if np.ndim(predictions) < len(shape) or shape[-1] == 1:
+  if where is None or np.ndim(predictions) < len(shape) or shape[-1] == 1:
     return jnp.ones(())
   complete = jnp.all(mask.where, -1)
   return select(complete, jnp.sum(mask(predictions, 0), -1), 1)

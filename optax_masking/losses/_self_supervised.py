@@ -171,7 +171,7 @@ def triplet_margin_loss(
   if where is not None:
     _check_sizes(anchors, positives, negatives, axis)
   vectors = (anchors, positives, negatives)
-  mask = Mask(where, axis, *vectors, examples=margin)
+  mask = Mask(where, axis, *vectors, examples=(margin, eps))
   # A difference of 0 adds nothing to a norm.
   a, p, n = (mask(x, 0.0) for x in vectors)
   # At an empty slice, and `eps` of 0, the derivative of a norm is infinite.
