@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parents[1] / "optax_masking"
+import optax_masking
+
+PACKAGE = pathlib.Path(optax_masking.__file__).parent
 TOOLS = ("testing", "upstream")
 COMMAND = "_command"  # It divides.
 
