@@ -129,7 +129,12 @@ def class_is_included(
 
 
 def below_maximum(
-  x: Array, where: jax.Array, axes: Axes, *, masked: float = _UNDERFLOW
+  x: Array,
+  where: jax.Array,
+  axes: Axes,
+  *,
+  masked: float = _UNDERFLOW,
+  largest: float = math.inf,
 ) -> jax.Array:
   """Fills logits that enter a softmax, which a shift does not change.
 
@@ -138,13 +143,14 @@ def below_maximum(
   multiplies the derivatives of the loss. Without the shift no constant would be
   below logits near the least finite number, and at the same time a finite
   distance below those near the largest. A slice with nothing included keeps its
-  first class, at 0.
+  first class, at 0, and one with a larger logit than `largest` is not shifted.
   """
   if any(where.shape[a] != 1 for a in axes) and 0 not in jnp.shape(x):
     x = _not_maximum(x, where, axes)
     top = jnp.max(jax.lax.stop_gradient(x), axes, keepdims=True)
     # An included logit of +inf is left for the loss to deal with.
-    x = x - jnp.where(top > float(jnp.finfo(top.dtype).max), 0, top)
+    largest = min(largest, float(jnp.finfo(top.dtype).max))
+    x = x - jnp.where(top > largest, 0, top)
   return _keep_first(jnp.where(where, x, masked), where, axes, 0.0)
 
 

@@ -583,6 +583,26 @@ class TaylorTest(parameterized.TestCase):
 
 @pytest.mark.slow
 class ExtremesTest(parameterized.TestCase):
+  @parameterized.parameters(1e20, 1e38)
+  def test_sparsemax_of_large_scores(self, largest):
+    scores = np.array([[1, -1, 1 / largest, 0]], "float32") * largest
+    where = np.array([[True] * 4 + [False]])
+    masked = np.concatenate([scores, [[np.nan]]], -1).astype("float32")
+    for label in range(4):
+
+      def total(x, loss, label=label, **keywords):
+        return loss(x, jnp.array([label]), **keywords).sum()
+
+      got = jax.value_and_grad(total)(
+        masked, optax.losses.multiclass_sparsemax_loss, where=where
+      )
+      value, gradient = jax.value_and_grad(total)(
+        scores, upstream.losses.multiclass_sparsemax_loss
+      )
+      assert_close(got[0], value, "float32")
+      assert_equal(got[1][:, 4], 0)
+      assert_close(got[1][:, :4], gradient, "float32")
+
   @parameterized.parameters([(dtype,) for dtype in DTYPES])
   def test_logits(self, dtype):
     """Any finite logits next to a masked class, as without that class."""

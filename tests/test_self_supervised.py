@@ -202,6 +202,32 @@ class TripletTest(parameterized.TestCase):
         DTYPES[0],
       )
 
+  @parameterized.parameters(0.5, 1.5, 2.0)
+  def test_derivatives_of_a_degree(self, norm_degree):
+    """In forward mode twice, next to Optax without what is masked."""
+    a, p, n = jnp.array([[3.0, 4, 5]]), jnp.zeros((1, 3)), jnp.ones((1, 3))
+    where = np.array([[True, True, False]])
+
+    def second(loss):
+      def first(a):
+        return jax.jvp(loss, (a,), (jnp.ones_like(a),))[1]
+
+      return lambda a: jax.jvp(first, (a,), (jnp.ones_like(a),))[1]
+
+    keywords = {"norm_degree": norm_degree, "margin": 5.0}
+    with jax.debug_nans(True), jax.debug_infs(True):
+      got = second(
+        lambda a: optax.losses.triplet_margin_loss(
+          a, p, n, where=where, **keywords
+        )
+      )(a)
+    expected = second(
+      lambda a: upstream.losses.triplet_margin_loss(
+        a, p[:, :2], n[:, :2], **keywords
+      )
+    )(a[:, :2])
+    assert_allclose(got, expected, rtol=1e-4)
+
   def test_vectors_of_one_entry(self):
     """Optax counts their distances once; under a mask that has no meaning."""
     x = jnp.ones((2, 3)), jnp.zeros((2, 1)), jnp.zeros(3)

@@ -1048,7 +1048,8 @@ def _wide_below_maximum(x, where, axes):
   """
   # The select comes first, for no garbage to be converted.
   x = jnp.where(where, x, 0).astype(jnp.promote_types(x.dtype, "float32"))
-  return below_maximum(x, where, axes, masked=-2.0)
+  # Nor may a shift make differences of the largest ones infinite, or a sum.
+  return below_maximum(x, where, axes, masked=-2.0, largest=1e30)
 
 
 @compiled()

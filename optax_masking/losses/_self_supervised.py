@@ -168,17 +168,24 @@ def triplet_margin_loss(
     Triplet Losses
     <https://bmva-archive.org.uk/bmvc/2016/papers/paper119/index.html>`_, 2016.
   """
-  if where is not None:
-    _check_sizes(anchors, positives, negatives, axis)
   vectors = (anchors, positives, negatives)
+  dtypes = map(jnp.result_type, vectors)
+  if where is None or not all(jnp.issubdtype(d, jnp.floating) for d in dtypes):
+    return original.triplet_margin_loss(  # Which refuses integers.
+      *vectors, axis, norm_degree, margin, eps
+    )
+  _check_sizes(*vectors, axis)
   mask = Mask(where, axis, *vectors, examples=(margin, eps))
-  # A difference of 0 adds nothing to a norm.
-  a, p, n = (mask(x, 0.0) for x in vectors)
   # At an empty slice, and `eps` of 0, the derivative of a norm is infinite.
   margin, eps = mask.example(margin, 1.0), mask.example(eps, 1.0)
-  return mask.out(
-    original.triplet_margin_loss(a, p, n, axis, norm_degree, margin, eps)
-  )
+  a, p, n = (mask(x, 0.0) for x in vectors)
+
+  def distance(x, y):
+    # 1 is a difference at which the power has finite derivatives of any order.
+    powers = jnp.power(mask(x - y, 1.0), norm_degree)
+    return (jnp.sum(mask(powers, 0.0), axis) + eps) ** (1 / norm_degree)
+
+  return mask.out(jnp.maximum(distance(a, p) - distance(a, n) + margin, 0))
 
 
 def _check_sizes(anchors, positives, negatives, axis):
