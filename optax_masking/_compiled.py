@@ -74,13 +74,10 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         constants = [(n, inputs.pop(n)) for n in ("axis", *static)]
         # As keys 1, True and 1.0 are equal.
         keys = tuple((name, x, _types(x)) for name, x in constants)
-        try:
-          hash(keys)
-          return program(keys, inputs, is_debugging())
-        except (OverflowError, TypeError) as e:
-          if isinstance(e, TypeError) and "unhashable" not in str(e):
-            raise
-          return masked(arguments)
+        with contextlib.suppress(OverflowError):
+          if _is_hashable(keys):
+            return program(keys, inputs, is_debugging())
+        return masked(arguments)
       except Exception as error:
         try:
           unmasked(arguments)
@@ -113,6 +110,14 @@ def _have_unequal_shapes(arrays, axis):
   axes = canonicalize_axes(axis, shape)
   batch = tuple(s for a, s in enumerate(shape) if a not in axes)
   return not all(s in (shape, batch) for s in shapes)
+
+
+def _is_hashable(x):
+  try:
+    hash(x)
+  except TypeError:
+    return False
+  return True
 
 
 def _types(x):

@@ -97,7 +97,7 @@ def masked_inputs(
     ...     predictions, targets, axis=-1, where=~jnp.isnan(targets)))
     [-1.  0. -1.]
 
-    One that reduces an axis, from logits and integer labels:
+    One that reduces an axis, of logits:
 
     >>> @optax.masked_inputs(logits=optax.fills.below_maximum)
     ... def entropy(logits, axis=-1, where=None):

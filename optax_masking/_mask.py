@@ -91,7 +91,7 @@ class Mask:
     [0.5 0. ]
   """
 
-  where: Any  # An array, or None. Its users have asked which.
+  where: Any  # An array, or None without a mask.
   _axis: Axis
   axes: Axes
   shape: Shape
@@ -259,9 +259,10 @@ class Mask:
       )
 
   def unfilled(self, x: Any) -> Any:
-    """An argument of which a formula itself selects what is included.
+    """An argument for a formula that selects by itself what is included.
 
-    Its masked elements stay, but where JAX looks at each operation.
+    Masked elements keep what they hold. Where JAX looks at each operation they
+    are 0, for it to find no NaN in them.
     """
     if self.where is None or x is None:
       return x

@@ -13,7 +13,7 @@ class UsageError(CommandError):
 
 
 def check_writable(file: str) -> None:
-  """Fails before the audit, and not after it."""
+  """Raises before the work starts, if its output could not be written."""
   folder = pathlib.Path(file).absolute().parent
   if not folder.is_dir():
     raise UsageError(f"{file} can't be written: there is no folder {folder}")

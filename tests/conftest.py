@@ -16,14 +16,14 @@ CACHE = {
   "jax_persistent_cache_min_compile_time_secs": 0.0,
   "jax_persistent_cache_min_entry_size_bytes": -1,
 }
-# To optimize them takes half of the time, and most of them run once.
+# Most programs run once, and to optimize them takes XLA half of the time.
 # `XLA_FLAGS= python -m pytest` compiles all of them as users do.
 FLAGS = [
   "--xla_backend_optimization_level=0",
   "--xla_llvm_disable_expensive_passes=true",
   "--xla_cpu_parallel_codegen_split_count=1",
 ]
-if jax.__version_info__ < (0, 11):  # Later versions have no other.
+if jax.__version_info__ < (0, 11):  # Later versions have no such flag.
   FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 for name, value in CACHE.items():

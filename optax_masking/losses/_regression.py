@@ -11,14 +11,15 @@ from optax_masking.fills import select, zero_unless_empty
 from optax_masking.losses._original import original
 
 
-def _of_error(loss, slope, mask, predictions, targets):
+def _of_error(loss, slope, predictions, targets, *, axis, where):
   """A loss of the error that is 0 at 0, as its slope is.
 
   Without a mask it is the loss itself. With one the error is selected once, in
   the loop that subtracts, and not the loss.
   """
-  if mask.where is None:
-    return loss(predictions, targets)
+  mask = Mask(where, axis, predictions, targets)
+  if where is None:
+    return mask.sum(loss(predictions, targets))
 
   @jax.custom_jvp
   def masked(predictions, targets, where):
@@ -41,7 +42,7 @@ def _of_error(loss, slope, mask, predictions, targets):
       # A sum, unlike a conversion, is weak where Optax's difference is.
       targets = jnp.zeros_like(predictions, shape=()) + targets
     predictions, targets = jnp.broadcast_arrays(predictions, targets)
-  return masked(predictions, targets, mask.where)
+  return mask.sum(masked(predictions, targets, mask.where), zeroed=True)
 
 
 def _error(predictions, targets, where):
@@ -96,10 +97,14 @@ def squared_error(
     Hastie et al., `The Elements of Statistical Learning
     <https://hastie.su.domains/ElemStatLearn/>`_, 2009, section 2.4.
   """
-  mask = Mask(where, axis, predictions, targets)
-  loss = original.squared_error
-  losses = _of_error(loss, lambda error: 2 * error, mask, predictions, targets)
-  return mask.sum(losses, zeroed=True)
+  return _of_error(
+    original.squared_error,
+    lambda error: 2 * error,
+    predictions,
+    targets,
+    axis=axis,
+    where=where,
+  )
 
 
 @compiled()
@@ -143,10 +148,14 @@ def l2_loss(
     <https://www.microsoft.com/en-us/research/publication/pattern-recognition-machine-learning/>`_,
     2006, section 1.1.
   """
-  mask = Mask(where, axis, predictions, targets)
-  loss = original.l2_loss
-  losses = _of_error(loss, lambda error: error, mask, predictions, targets)
-  return mask.sum(losses, zeroed=True)
+  return _of_error(
+    original.l2_loss,
+    lambda error: error,
+    predictions,
+    targets,
+    axis=axis,
+    where=where,
+  )
 
 
 # An error of 0 is 0, with a derivative of 0. It is multiplied by delta, whose
@@ -242,17 +251,29 @@ def log_cosh(
     Chen et al., `Log Hyperbolic Cosine Loss Improves Variational Auto-Encoder
     <https://openreview.net/pdf?id=rkglvsC9Ym>`_, 2019.
   """
-  mask = Mask(where, axis, predictions, targets)
-  loss = original.log_cosh
-  losses = _of_error(loss, jnp.tanh, mask, predictions, targets)
-  return mask.sum(losses, zeroed=True)
+  return _of_error(
+    original.log_cosh,
+    jnp.tanh,
+    predictions,
+    targets,
+    axis=axis,
+    where=where,
+  )
 
 
-def _of_norms(mask, epsilon):
-  """An `epsilon` of 1 for masked vectors. A number is one for each vector."""
-  if mask.where is None or np.ndim(epsilon):
-    return mask(epsilon, 1.0)
-  return jnp.expand_dims(mask.example(epsilon, 1.0), mask.axes)
+def _of_vectors(loss, predictions, targets, epsilon, *, axis, where):
+  """A loss of vectors that are divided by their norms."""
+  mask = Mask(
+    where, axis, predictions, targets, epsilon, refuse_ambiguous_where=True
+  )
+  # 0 adds nothing to the product and the norms, of which none may be 0.
+  x = mask(predictions, zero_unless_empty, "predictions")
+  y = mask(targets, zero_unless_empty, "targets")
+  if where is None or np.ndim(epsilon):
+    epsilon = mask(epsilon, 1.0)
+  else:  # A number is one for each vector.
+    epsilon = jnp.expand_dims(mask.example(epsilon, 1.0), mask.axes)
+  return mask.out(loss(x, y, epsilon=epsilon, axis=axis))
 
 
 @compiled()
@@ -306,14 +327,14 @@ def cosine_similarity(
     `Cosine similarity <https://en.wikipedia.org/wiki/Cosine_similarity>`_,
     Wikipedia.
   """
-  mask = Mask(
-    where, axis, predictions, targets, epsilon, refuse_ambiguous_where=True
+  return _of_vectors(
+    original.cosine_similarity,
+    predictions,
+    targets,
+    epsilon,
+    axis=axis,
+    where=where,
   )
-  # 0 adds nothing to the product and the norms, of which none may be 0.
-  x = mask(predictions, zero_unless_empty, "predictions")
-  y = mask(targets, zero_unless_empty, "targets")
-  epsilon = _of_norms(mask, epsilon)
-  return mask.out(original.cosine_similarity(x, y, epsilon=epsilon, axis=axis))
 
 
 @compiled()
@@ -357,11 +378,11 @@ def cosine_distance(
     <https://en.wikipedia.org/wiki/Cosine_similarity#Cosine_distance>`_,
     Wikipedia.
   """
-  mask = Mask(
-    where, axis, predictions, targets, epsilon, refuse_ambiguous_where=True
+  return _of_vectors(
+    original.cosine_distance,
+    predictions,
+    targets,
+    epsilon,
+    axis=axis,
+    where=where,
   )
-  # 0 adds nothing to the product and the norms, of which none may be 0.
-  x = mask(predictions, zero_unless_empty, "predictions")
-  y = mask(targets, zero_unless_empty, "targets")
-  epsilon = _of_norms(mask, epsilon)
-  return mask.out(original.cosine_distance(x, y, epsilon=epsilon, axis=axis))
