@@ -738,6 +738,26 @@ class ExtremesTest(parameterized.TestCase):
 class ParametersTest(parameterized.TestCase):
   """Arrays that parametrize a loss are masked with the data."""
 
+  def test_parameter_of_each_example(self):
+    """An array without axes is no number: under `vmap` it may be garbage."""
+    where = np.array([True, False, True, False])
+    garbage = jnp.where(where, 1.0, jnp.nan)
+    x, y = BY_NAME["huber_loss"].arguments(DTYPES[0])
+    y = jax.nn.sigmoid(y)
+    for loss, parameter in (
+      (optax.huber_loss, "delta"),
+      (optax.cosine_similarity, "epsilon"),
+      (optax.sigmoid_focal_loss, "gamma"),
+    ):
+
+      def total(values, loss=loss, parameter=parameter):
+        each = jax.vmap(
+          lambda x, y, v, w: loss(x, y, where=w, **{parameter: v})
+        )
+        return each(x, y, values, where).sum()
+
+      assert_equal(jax.grad(total)(garbage)[~where], 0)
+
   @parameterized.parameters("alpha", "gamma")
   def test_sigmoid_focal_loss(self, name):
     logits, labels = BY_NAME["sigmoid_focal_loss"].arguments(DTYPES[0])

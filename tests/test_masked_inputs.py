@@ -218,24 +218,6 @@ class DecoratorTest(parameterized.TestCase):
         X, Y[:, :1], where=WHERE
       )
 
-  def test_parameter_of_each_example(self):
-    """An array without axes is no number: under `vmap` it may be garbage."""
-    where = np.array([True, False, True, False])
-    garbage = jnp.where(where, 1.0, jnp.nan)
-    for loss, parameter in (
-      (optax.huber_loss, "delta"),
-      (optax.cosine_similarity, "epsilon"),
-      (optax.sigmoid_focal_loss, "gamma"),
-    ):
-
-      def total(values, loss=loss, parameter=parameter):
-        each = jax.vmap(
-          lambda x, y, v, w: loss(x, y, where=w, **{parameter: v})
-        )
-        return each(X, abs(Y) % 1, values, where).sum()
-
-      assert_equal(jax.grad(total)(garbage)[~where], 0)
-
   def test_without_a_mask_nothing_is_refused(self):
     @optax.masked_inputs(x=0.0)
     def loss(x):

@@ -620,16 +620,17 @@ class PlantedTest(StagingTestCase):
 
   def check_unmasked_by_hand(self):
     """The decorator is gone, and the rest of a stage is left."""
-    self.stage("huber_loss")
-    file = "optax/losses/_regression.py"
+    self.stage("sigmoid_focal_loss")
+    file = "optax/losses/_classification.py"
     text = (self.root / file).read_text()
-    loss = definition(text, "huber_loss")
+    loss = definition(text, "sigmoid_focal_loss")
     lines = text.splitlines(keepends=True)
     del lines[loss.decorator_list[0].lineno - 1 : loss.lineno - 1]
     (self.root / file).write_text("".join(lines))
     self.assert_refused(
-      *("stage", self.root, "--loss", "huber_loss"),
-      message="huber_loss: its code .* changed .it takes `axis` and `where`",
+      *("stage", self.root, "--loss", "sigmoid_focal_loss"),
+      message="sigmoid_focal_loss: its code .* changed"
+      " .it takes `axis` and `where`",
     )
 
   def test_changed_default(self):
