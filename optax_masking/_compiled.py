@@ -1,4 +1,4 @@
-"""Masked calls outside of `jit`: compiled, and refused in Optax's words."""
+"""Masked calls outside of `jit`: compiled, with Optax's own errors."""
 
 import contextlib
 import functools
@@ -10,24 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._decorator import P, R, reader
+from optax_masking._decorator import P, R, raise_as_unmasked, reader
 from optax_masking._mask import boolean, canonicalize_axes, is_debugging
 
 
 def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
   """Compiles the calls of a loss that have a mask.
 
-  It is `jax.jit` with static arguments. There is a program for each value of
-  `axis` and of the parameters named here, and for each shape and dtype of the
-  other arguments, among them numbers. A call without a mask is one of the loss
-  itself, and so is one with a static argument that can't be hashed or a number
-  that no input can hold.
+  This is `jax.jit` with static arguments. There is one program for each value
+  of `axis` and of the `static` parameters, and for each shape and dtype of the
+  other arguments, numbers included. A call is not compiled if it has no mask, a
+  static argument that can't be hashed, or a number too large for an array.
 
-  What the loss refuses without a mask it refuses with one, in the same words.
-  It has to be a loss with `where=None`, too.
+  Arguments that the loss refuses without a mask raise the same error with one.
+  To find that error, the loss is also called with `where=None`.
 
   Args:
-    *static: Parameters that are the structure of the program, such as flags.
+    *static: Parameters that determine the structure of the program, such as
+      flags.
   """
 
   def decorate(loss: Callable[P, R]) -> Callable[P, R]:
@@ -42,16 +42,15 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     ]
 
     def unmasked(arguments):
-      with contextlib.suppress(jax.errors.ConcretizationTypeError):
-        jax.eval_shape(lambda: function(**{**arguments, "where": None}))
+      raise_as_unmasked(lambda: function(**{**arguments, "where": None}))
 
     def masked(arguments):
-      # What a fill broadcasts, the loss itself may refuse to.
+      # A fill may broadcast arguments that the loss itself would refuse.
       if _have_unequal_shapes([arguments[n] for n in data], arguments["axis"]):
         unmasked(arguments)
       return function(**arguments)
 
-    # A search for NaN has programs of its own, which do not outlive it.
+    # While JAX searches for NaN there are other programs, hence the last key.
     @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
     def program(constants, inputs, _debugging):
       return masked({**inputs, **{name: x for name, x, _ in constants}})
@@ -68,12 +67,12 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         for name in data:
           x = arguments[name]
           if name == data[0] and not hasattr(x, "shape"):
-            unmasked(arguments)  # A number as data: Optax's losses take none.
+            unmasked(arguments)  # Optax's losses take no number as data.
           arguments[name] = _array(name, x)
         inputs = dict(arguments)
         constants = [(n, inputs.pop(n)) for n in ("axis", *static)]
-        # As keys 1, True and 1.0 are equal.
-        keys = tuple((name, x, _types(x)) for name, x in constants)
+        # The type is part of the key, since 1, True and 1.0 are equal.
+        keys = tuple((name, x, _type_of(x)) for name, x in constants)
         with contextlib.suppress(OverflowError):
           if _is_hashable(keys):
             return program(keys, inputs, is_debugging())
@@ -83,7 +82,7 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
           unmasked(arguments)
         except Exception as refusal:
           raise refusal from None
-        # What JAX adds about its frames is longer than the message.
+        # JAX's note about hidden frames is longer than the message.
         getattr(error, "__notes__", []).clear()
         raise
 
@@ -93,7 +92,7 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _array(name, x):
-  """Converts what is like an array, and refuses what is neither."""
+  """Converts an argument to an array, unless it is one, a number or None."""
   if x is None or isinstance(x, jax.Array | np.ndarray | np.generic):
     return x
   if hasattr(x, "shape"):
@@ -104,7 +103,7 @@ def _array(name, x):
 
 
 def _have_unequal_shapes(arrays, axis):
-  """Whether one has neither the shape of the data nor one entry an example."""
+  """Whether an array has neither the data's shape nor one entry an example."""
   shapes = [np.shape(x) for x in arrays if x is not None]
   shape = max(shapes, key=len)
   axes = canonicalize_axes(axis, shape)
@@ -120,5 +119,5 @@ def _is_hashable(x):
   return True
 
 
-def _types(x):
+def _type_of(x):
   return tuple(map(type, x)) if isinstance(x, tuple) else type(x)

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from optax_masking._mask import Mask
 from optax_masking.fills import (
-  at_class,
   class_number,
+  element_of_class,
   expanded,
   flat_index,
   on_cpus,
+  varies_along,
 )
 
 # The backward pass keeps the logits and what normalizes them, and computes the
@@ -47,12 +48,12 @@ def softmax_cross_entropy_of_class(
   labels = class_number(labels, math.prod(shape[a] for a in axes))
   labels = jnp.broadcast_to(labels, _reduced(shape, axes))
   # An example whose own class is masked counts as masked.
-  own = where
-  if _masks_classes(where, axes):
-    own = at_class(jnp.broadcast_to(where, shape), labels, axes)
-  loss, _, _ = _of_class(logits, labels, where & own, own, axes)
-  # Garbage in an example that is masked as a whole: its tangent is NaN.
-  return _rounded(jnp.squeeze(jnp.where(own, loss, 0), axes), dtype)
+  included = where
+  if varies_along(where, axes):
+    included = element_of_class(jnp.broadcast_to(where, shape), labels, axes)
+  loss, _, _ = _class_loss(logits, labels, where & included, included, axes)
+  # The tangent of an example that is masked as a whole may be NaN.
+  return _rounded(jnp.squeeze(jnp.where(included, loss, 0), axes), dtype)
 
 
 def softmax_cross_entropy_of_probabilities(
@@ -84,7 +85,7 @@ def softmax_cross_entropy_of_probabilities(
   labels = jnp.broadcast_to(labels, shape)
   if jnp.finfo(labels.dtype).bits > 32:  # In the wider of the two.
     logits = logits.astype(labels.dtype)
-  loss, _, _ = _of_probabilities(logits, labels, where, axes)
+  loss, _, _ = _probabilities_loss(logits, labels, where, axes)
   included = jnp.any(where, axes, keepdims=True)
   return _rounded(jnp.squeeze(jnp.where(included, loss, 0), axes), dtype)
 
@@ -102,34 +103,33 @@ def sigmoid_cross_entropy(mask: Mask, logits: Any, labels: Any) -> jax.Array:
   logits, labels = jnp.broadcast_arrays(logits, labels)
   if not jnp.issubdtype(labels.dtype, jnp.floating):
     labels = labels.astype(_wide(logits.dtype))
-  return _rounded(_of_binary(logits, labels, mask.where), dtype)
+  return _rounded(_binary_loss(logits, labels, mask.where), dtype)
 
 
 def _rounded(loss, dtype):
-  """The loss in Optax's dtype. One that has it stays weak, if it is."""
+  """Converts a loss to Optax's dtype; one that has it may stay weak."""
   return loss if loss.dtype == dtype else loss.astype(dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _of_class(logits, labels, where, own, axes):
-  """The loss, and what its derivative needs to compute the softmax anew."""
+def _class_loss(logits, labels, where, included, axes):
+  """The loss, and the normalizer to compute the softmax anew from."""
   top, total = _normalizer(logits, where, axes)
-  included = own
-  if _masks_classes(where, axes):
-    # A label that names no class is NaN, but not where there is no class.
+  if varies_along(where, axes):
+    # A label that names no class makes the loss NaN, but not if none is left.
     named = labels < math.prod(logits.shape[a] for a in axes)
-    included = own & (named | (total != 0))
+    included = included & (named | (total != 0))
   total = jnp.where(included, total, 1)
   labels = jnp.where(included, labels, 0)
-  label_logits = at_class(logits, labels, axes).astype(top.dtype)
+  label_logits = element_of_class(logits, labels, axes).astype(top.dtype)
   loss = jnp.log(total) - (label_logits - top)
   return jnp.where(included, loss, 0), top, total
 
 
-@_of_class.defjvp
+@_class_loss.defjvp
 def _(axes, primals, tangents):
   logits, labels, where, _ = primals
-  loss, top, total = _of_class(*primals, axes)
+  loss, top, total = _class_loss(*primals, axes)
 
   @_recomputed
   def derivative(dx, logits, top, total):
@@ -144,12 +144,12 @@ def _(axes, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _of_probabilities(logits, labels, where, axes):
-  """The loss, and what its derivative needs to compute the softmax anew."""
+def _probabilities_loss(logits, labels, where, axes):
+  """The loss, and the normalizer to compute the softmax anew from."""
   top, total = _normalizer(logits, where, axes)
   total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
-  total += 0 * jnp.log(total)  # An infinite logit makes it NaN.
-  # XLA for CPUs would write what two sums share.
+  total += 0 * jnp.log(total)  # NaN if a logit is infinite.
+  # Without barriers XLA for CPUs would write the terms that two sums share.
   barrier = functools.partial(
     on_cpus, jax.lax.optimization_barrier, lambda x: x
   )
@@ -162,16 +162,17 @@ def _of_probabilities(logits, labels, where, axes):
 
 
 # The `shard_map` of older versions refuses symbolic zeros, which save the
-# derivative of labels that are constant.
+# derivative of constant labels.
 @functools.partial(
-  _of_probabilities.defjvp, symbolic_zeros=hasattr(jax, "shard_map")
+  _probabilities_loss.defjvp, symbolic_zeros=hasattr(jax, "shard_map")
 )
 def _(axes, primals, tangents):
   logits, labels, where = primals
-  loss, top, total = _of_probabilities(logits, labels, where, axes)
+  loss, top, total = _probabilities_loss(logits, labels, where, axes)
 
   @jax.checkpoint
-  def by_logits(dx, logits, labels, top, total, weight):
+  def by_logits(dx, logits, labels, weight, normalizer):
+    top, total = normalizer
     p = _softmax(logits, top, total, where, axes)
     labels = jnp.where(where, labels, 0).astype(p.dtype)
     dx = _replace_masked_classes(dx, where, axes, 0, p.dtype)
@@ -191,7 +192,7 @@ def _(axes, primals, tangents):
     weight = _replace_masked_classes(labels, where, axes, 0, zero.dtype)
     weight = jnp.sum(weight, axes, keepdims=True)
     weight = jnp.where(included, weight, 0)
-    derivative += by_logits(dx, logits, labels, top, total, weight)
+    derivative += by_logits(dx, logits, labels, weight, (top, total))
   if not isinstance(dy, jax.custom_derivatives.SymbolicZero):
     derivative += by_labels(dy, logits, top, total)
   return (loss, top, total), (derivative, zero, zero)
@@ -219,13 +220,13 @@ def _exponentials(logits, top, where, axes):
 
 
 def _scaled(logits, where, axes):
-  """Logits in which masked classes are below all others.
+  """Scaled logits in which masked classes are below all others.
 
-  With what to multiply them by, and what they are above if they are finite.
-  Quarters leave room for a fill that is below the least of them, and from which
-  no difference overflows.
+  Returns them with their scale, and with a number that finite ones are above.
+  Quarters of the logits leave room for a fill below the least of them, from
+  which no difference overflows.
   """
-  if not _masks_classes(where, axes):
+  if not varies_along(where, axes):
     return logits, 1, -jnp.inf
   wide = _wide(logits.dtype)
   quarters = _replace_masked_classes(logits, where, axes, 0, wide) / 4
@@ -235,12 +236,12 @@ def _scaled(logits, where, axes):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _softmax(logits, top, total, where, axes):
-  """The softmax, and 0 for what is masked.
+  """The softmax, and 0 for masked elements.
 
-  It is selected: a cotangent of 0 would not silence garbage.
+  They are selected, since a cotangent of 0 times NaN is NaN.
   """
   p = _exponentials(logits, top, where, axes) * (1 / total)
-  return p if _masks_classes(where, axes) else jnp.where(where, p, 0)
+  return p if varies_along(where, axes) else jnp.where(where, p, 0)
 
 
 @_softmax.defjvp
@@ -251,10 +252,10 @@ def _(axes, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _log_softmax(logits, top, total, where, axes):
-  r"""The logarithms of the softmax, and 0 for what is masked.
+  r"""The logarithms of the softmax, and 0 for masked elements.
 
-  The derivative is one of its own, :math:`dx_j - \sum_k p_k \, dx_k`, in which
-  no garbage is met.
+  The custom derivative, :math:`dx_j - \sum_k p_k \, dx_k`, reads no masked
+  element.
   """
   shifted = _shifted(logits, top, where, axes)
   return jnp.where(where, shifted - jnp.log(total), 0)
@@ -278,22 +279,18 @@ def _shifted(logits, top, where, axes):
 
 
 def _replace_masked_classes(x, where, axes, fill, dtype):
-  """Replaces masked classes, and leaves examples masked as a whole.
+  """Replaces masked classes, and leaves examples that are masked as a whole.
 
-  XLA folds an exponential into a sum, but for CPUs no select: it would write
+  On CPUs XLA fuses an exponential with a sum, but not a select: it would write
   all of the logits. Such an example is therefore computed like any other, and
-  its loss dropped. Tools that look at each operation, such as checkify's NaN
-  checks, see its garbage pass by.
+  its loss dropped. Tools that inspect each operation, such as checkify's NaN
+  checks, see its garbage.
   """
-  if not _masks_classes(where, axes):
+  if not varies_along(where, axes):
     return x.astype(dtype)
   if x.dtype != dtype:  # A conversion would be an operation on garbage.
     x = jnp.where(where, x, 0).astype(dtype)
   return jnp.where(where, x, fill)
-
-
-def _masks_classes(where, axes):
-  return any(where.shape[a] != 1 for a in axes)
 
 
 def _reduced(shape, axes):
@@ -306,28 +303,28 @@ def _wide(dtype):
 
 
 @jax.custom_jvp
-def _of_binary(logits, labels, where):
-  x, y = (_included(a, where) for a in (logits, labels))
+def _binary_loss(logits, labels, where):
+  x, y = (_selected(a, where) for a in (logits, labels))
   softplus = jnp.log1p(jnp.exp(-jnp.abs(x)))
   minus_log_p = jnp.maximum(-x, 0) + softplus
   minus_log_not_p = jnp.maximum(x, 0) + softplus
   return jnp.where(where, y * minus_log_p + (1 - y) * minus_log_not_p, 0)
 
 
-@_of_binary.defjvp
+@_binary_loss.defjvp
 def _(primals, tangents):
   @_recomputed
   def derivative(dx, dy, logits, labels, where):
-    x, y, dx, dy = (_included(a, where) for a in (logits, labels, dx, dy))
+    x, y, dx, dy = (_selected(a, where) for a in (logits, labels, dx, dy))
     p, not_p = _sigmoids(x)
     # p - y would cancel: at a label of 1 it is -not_p, which may be 1e-9.
     slope = (1 - y) * p - y * not_p
     return jnp.where(where, slope * dx - x * dy, 0)
 
-  return _of_binary(*primals), derivative(*tangents[:2], *primals)
+  return _binary_loss(*primals), derivative(*tangents[:2], *primals)
 
 
-def _included(x, where):
+def _selected(x, where):
   return jnp.where(where, x, 0).astype(_wide(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""What gives a loss of filled arguments `axis` and `where`."""
+"""The decorator that gives a loss `axis` and `where` by filling arguments."""
 
 import contextlib
 import functools
@@ -24,9 +24,9 @@ def masked_inputs(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
   """Gives a loss NumPy's ``axis`` and ``where``, safe in every derivative.
 
-  The decorated loss replaces what ``where`` masks by a neutral fill before it
-  computes anything, and returns 0 where nothing is included. Called without a
-  mask, it is the undecorated loss.
+  The decorated loss replaces masked elements by a neutral fill before it
+  computes anything, and returns 0 where nothing is included. Without a mask it
+  calls the undecorated loss.
 
   ``axis`` and ``where`` mean the same for every decorated loss. Let ``S`` be
   the shape that the array arguments broadcast to.
@@ -37,32 +37,32 @@ def masked_inputs(
     broadcasts to that (one entry an example), or a scalar.
 
   A loss whose ``axis`` defaults to ``()``, or that has no ``axis``, is
-  elementwise: it returns the shape ``S``, and the decorator zeroes what is
-  masked and sums over ``axis``. Any other loss takes ``axis`` and reduces it,
-  or keeps the shape ``S`` and gets 0 where it is masked. A loss that needs more
-  than fills, such as a count of what is included or another formula, makes a
-  :class:`Mask` in its body.
+  elementwise: it returns the shape ``S``, and the decorator zeroes masked
+  elements and sums over ``axis``. Any other loss reduces its ``axis`` itself,
+  or keeps the shape ``S``, with 0 for masked elements. A loss that needs more
+  than fills, such as the number of included elements or another formula, makes
+  a :class:`Mask` in its body.
 
   Args:
     refuse_ambiguous_where: Whether to refuse a ``where`` of lower rank that
       fits the data both as one entry an example and, as NumPy broadcasts,
       aligned to the last axis. For a loss whose callers may mean the latter.
-    **fills: For each argument of the loss that is an array, by name, what
-      stands in for its masked elements: something that keeps the loss and its
-      derivatives finite and, in a loss that reduces ``axis``, adds nothing to
-      it. An argument not named keeps its garbage.
+    **fills: For each array argument of the loss, by name, the fill of its
+      masked elements. It has to keep the loss and its derivatives finite and,
+      in a loss that reduces ``axis``, to add nothing to it. An argument that is
+      not named keeps its garbage.
 
-      * A number. For an argument of integers it is cut off to one.
+      * A number. For an argument of integers it is cut off to an integer.
       * A ``PerExample`` for an argument with one entry an example, so without
         ``axis``, such as a weight of the example.
       * For an argument that the loss normalizes along ``axis``, a function
         ``fill(x, where, axes)`` that returns the filled ``x``: for the logits
-        of a softmax, the scores of a maximum, or what is divided by its norm.
-        ``where`` has the rank of ``S``, size 1 along those of ``axes`` where
-        ``x`` has, and ``x`` broadcasts with it. An ``x`` that broadcasts along
-        ``axis`` is masked where all that it meets is.
+        of a softmax, the scores of a maximum, or a vector that is divided by
+        its norm. ``where`` has the rank of ``S`` and broadcasts with ``x``.
+        Where ``x`` has size 1 along one of ``axes``, ``where`` has too, and is
+        False if all elements that ``x`` broadcasts to are masked.
 
-      Those of :mod:`optax_masking.fills` are for the common cases.
+      :mod:`optax_masking.fills` has those for the common cases.
 
       An argument of None is passed on as it is and, for a parameter whose
       default is a number, a Python scalar.
@@ -81,7 +81,7 @@ def masked_inputs(
       ways, or if the loss returns a shape that ``axis`` does not explain.
 
   Examples:
-    A loss of one's own. At a fill of 0 and 0 the error is 0:
+    A loss of your own. At a fill of 0 and 0 the error is 0:
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -111,10 +111,10 @@ def masked_inputs(
 
   def decorate(loss: Callable[P, R]) -> Callable[P, R]:
     _check_fills(loss, fills)
-    own = inspect.signature(loss)
-    signature = _with_axis_and_where(own)
+    undecorated = inspect.signature(loss)
+    signature = _with_axis_and_where(undecorated)
     parameters = signature.parameters
-    added = parameters.keys() - own.parameters.keys()
+    added = parameters.keys() - undecorated.parameters.keys()
     elementwise = parameters["axis"].default == ()
     axis_of, where_of = reader("axis", signature), reader("where", signature)
 
@@ -123,7 +123,7 @@ def masked_inputs(
       if elementwise:
         given["axis"] = ()  # The sum is taken here.
       given = {n: x for n, x in given.items() if n not in added}
-      inner = inspect.BoundArguments(own, given)
+      inner = inspect.BoundArguments(undecorated, given)
       return loss(*inner.args, **inner.kwargs)
 
     @functools.wraps(loss)
@@ -154,10 +154,9 @@ def masked_inputs(
           filled[name] = mask.example(x, fill.fill)
         else:
           filled[name] = mask(x, fill, name)
-      # The loss may refuse to broadcast what a fill has broadcast.
+      # A fill may broadcast arguments that the loss itself would refuse.
       if any(np.shape(filled[n]) != np.shape(x) for n, x in arrays.items()):
-        with contextlib.suppress(jax.errors.ConcretizationTypeError):
-          jax.eval_shape(lambda: evaluate(call, where=None))
+        raise_as_unmasked(lambda: evaluate(call, where=None))
       whole = jnp.broadcast_to(mask.where, mask.shape)
       result = evaluate(call, **filled, where=whole)
       return mask.sum(result) if elementwise else mask.out(result)
@@ -166,6 +165,12 @@ def masked_inputs(
     return masked_loss
 
   return decorate
+
+
+def raise_as_unmasked(unmasked_call: Callable[[], Any]) -> None:
+  """Raises the error, if any, that a call raises without its mask."""
+  with contextlib.suppress(jax.errors.ConcretizationTypeError):
+    jax.eval_shape(unmasked_call)
 
 
 def _is_array(x: Any, parameter: inspect.Parameter) -> bool:
@@ -180,7 +185,7 @@ def _is_array(x: Any, parameter: inspect.Parameter) -> bool:
 
 
 def _check_fills(loss: Callable[..., Any], fills: Mapping[str, Any]) -> None:
-  """Refuses fills of what the loss has not, and what can't be a fill."""
+  """Refuses fills of unknown parameters, and fills of a wrong type."""
   names = [
     name
     for name, parameter in inspect.signature(loss).parameters.items()
@@ -195,7 +200,10 @@ def _check_fills(loss: Callable[..., Any], fills: Mapping[str, Any]) -> None:
   for name, fill in fills.items():
     number = fill.fill if isinstance(fill, PerExample) else fill
     if not (callable(number) or isinstance(number, numbers.Real)):
-      raise TypeError(f"The fill of `{name}` is no number, but {number!r}.")
+      raise TypeError(
+        f"The fill of `{name}` must be a number, a `PerExample` or a function,"
+        f" not {number!r}."
+      )
 
 
 def _with_axis_and_where(signature: inspect.Signature) -> inspect.Signature:
@@ -211,7 +219,10 @@ def _with_axis_and_where(signature: inspect.Signature) -> inspect.Signature:
 
 
 def reader(name: str, signature: inspect.Signature) -> Callable[..., Any]:
-  """Looks one argument up, without the microseconds of binding a whole call."""
+  """Makes a function that looks up one argument of a call.
+
+  To bind the whole call would take microseconds longer.
+  """
   parameter = signature.parameters[name]
   default = parameter.default
   position = sys.maxsize

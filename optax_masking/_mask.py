@@ -36,6 +36,7 @@ mask of another loss.
 """
 
 import copy
+import dataclasses
 import math
 import operator
 from collections.abc import Sequence
@@ -51,18 +52,22 @@ from optax_masking.fills import (
   Shape,
   class_is_included,
   select,
+  varies_along,
 )
 
 Axis = int | tuple[int, ...] | None
 Where = jax.typing.ArrayLike | Sequence[Any] | None
 
 
+@dataclasses.dataclass(frozen=True, init=False, eq=False)
 class Mask:
-  """What ``where`` includes of the data of one call of a loss.
+  """The elements that ``where`` includes of the data of one call of a loss.
 
-  A loss that needs more than :func:`masked_inputs` makes one, fills its
-  arguments with it, and has it zero the result. Without a mask each method
-  returns what it is given, so that the loss is the program that it was.
+  A loss that needs more than :func:`masked_inputs` makes a mask, fills its
+  arguments with it, and has it zero the result. With ``where=None`` each method
+  returns its argument as it is, so that the loss is the program that it was.
+  A mask is made where it is used: it holds the shapes of one call, and is no
+  argument of ``jit`` or ``vmap``.
 
   Attributes:
     where: The mask, with the rank of the data and broadcastable to them, or
@@ -92,9 +97,9 @@ class Mask:
   """
 
   where: Any  # An array, or None without a mask.
-  _axis: Axis
   axes: Axes
   shape: Shape
+  _axis: Axis = dataclasses.field(repr=False)
 
   def __init__(
     self,
@@ -107,12 +112,14 @@ class Mask:
     """Checks a mask against the data.
 
     Args:
-      where: What to include, boolean, or None: a scalar, an array or a list
-        that has the rank of the data and broadcasts to them, or one that has
-        the rank of the data without ``axis`` and broadcasts to that.
+      where: The elements to include, boolean, or None for all: a scalar, an
+        array or a list that has the rank of the data and broadcasts to them, or
+        one that has the rank of the data without ``axis`` and broadcasts to
+        that.
       axis: The axes that the loss reduces: an int, a tuple of ints, or None for
         all. ``()`` for a loss with a number for each element.
-      *data: What broadcasts to the shape of the data: arrays, numbers, None.
+      *data: Arrays and numbers that together broadcast to the shape of the
+        data; None is left out.
       examples: An array with one entry an example, so without ``axis``, such
         as class labels; or a tuple of them.
       refuse_ambiguous_where: Whether to refuse a ``where`` of lower rank that
@@ -124,8 +131,8 @@ class Mask:
       ValueError: If ``axis`` is out of range or repeated, or if ``where`` has
         none of the accepted shapes or fits in two ways.
     """
-    own = vars(self)  # It can't be assigned to.
-    own.update(where=None, axes=(), shape=(), _axis=axis)
+    fields = vars(self)  # A frozen class refuses assignments.
+    fields.update(where=None, axes=(), shape=(), _axis=axis)
     if where is None:
       return
     mask = boolean(where)
@@ -136,26 +143,21 @@ class Mask:
         of_x = _shape_of_examples(np.shape(x), shape, axes)
         shape = jnp.broadcast_shapes(shape, of_x)
     new = missing_axes("where", mask.shape, shape, axes, refuse_ambiguous_where)
-    # One of the same rank is kept: even to add no axis takes microseconds.
+    # Even to add no axis takes microseconds.
     mask = jnp.expand_dims(mask, new) if new else mask
-    own.update(where=mask, axes=axes, shape=shape)
-
-  def __setattr__(self, name: str, value: Any) -> None:
-    raise AttributeError(
-      f"A mask does not change, so its `{name}` can't be assigned."
-    )
+    fields.update(where=mask, axes=axes, shape=shape)
 
   def __call__(self, x: Any, fill: Fill, name: str = "x") -> Any:
     """Replaces the masked elements of an argument.
 
     Args:
       x: An argument that broadcasts to the data; None is returned as it is.
-      fill: What stands in for masked elements. A number, which is cut off to
-        an integer for integers. Or a function ``fill(x, where, axes)`` that
-        returns the filled ``x``, such as ``fills.below_maximum``: ``where`` has
-        size 1 along those of ``axes`` where ``x`` has, and is False there if
-        all that ``x`` meets is masked.
-      name: What an error calls ``x``.
+      fill: A number to replace masked elements by, which is cut off to an
+        integer for integers. Or a function ``fill(x, where, axes)`` that
+        returns the filled ``x``, such as ``fills.below_maximum``. Where ``x``
+        has size 1 along one of ``axes``, ``where`` has too, and is False if all
+        elements that ``x`` broadcasts to are masked.
+      name: The name of ``x`` in an error.
 
     Returns:
       The filled argument.
@@ -178,7 +180,7 @@ class Mask:
     shape = (1,) * (len(self.shape) - np.ndim(x)) + np.shape(x)
     broadcast = tuple(a for a in self.axes if shape[a] == 1 != self.shape[a])
     where = self.where
-    if any(where.shape[a] != 1 for a in broadcast):
+    if varies_along(where, broadcast):
       where = jnp.any(where, broadcast, keepdims=True)
     return fill(x, where, self.axes)
 
@@ -192,7 +194,7 @@ class Mask:
 
   @property
   def any(self) -> jax.Array:
-    """Of which examples anything is included."""
+    """Whether anything is included of each example."""
     return jnp.any(self.where, self.axes)
 
   def with_class(self, labels: Any) -> "Mask":
@@ -200,12 +202,13 @@ class Mask:
 
     Args:
       labels: Integer class labels, one an example. With several axes a label is
-        a flat index into them. One that names no class leaves its example.
+        a flat index into them. A label that names no class leaves its example
+        included.
     """
-    if self.where is None:
+    if self.where is None or not varies_along(self.where, self.axes):
       return self
-    own = class_is_included(labels, self.where, self.shape, self.axes)
-    return self.with_where(self.where & own)
+    included = class_is_included(labels, self.where, self.shape, self.axes)
+    return self.with_where(self.where & included)
 
   def with_where(self, where: jax.Array) -> "Mask":
     """The mask of the same data with another array."""
@@ -231,11 +234,11 @@ class Mask:
     return select(self.any, result, 0)
 
   def sum(self, losses: jax.Array, *, zeroed: bool = False) -> jax.Array:
-    """Zeroes what is masked of a number for each element, and sums over `axis`.
+    """Zeroes masked elements of the losses, and sums over `axis`.
 
     Args:
-      losses: Of the shape of the data.
-      zeroed: Whether they are 0 already where they are masked.
+      losses: A number for each element, in the shape of the data.
+      zeroed: Whether masked elements are 0 already.
 
     Raises:
       ValueError: If they have another shape, or ``axis`` does not fit it.
@@ -252,17 +255,16 @@ class Mask:
     if np.shape(result) != expected:
       raise ValueError(
         f"The loss returned the shape {np.shape(result)} for data of shape"
-        f" {self.shape}, not {expected}. A loss to be masked reduces the"
-        " `axis` that it declares; without one it returns a value for each"
-        " element. One that reduces more makes a `Mask`, and counts what is"
-        " included."
+        f" {self.shape}, not {expected}. A masked loss reduces the `axis` that"
+        " it declares, or returns a value for each element if it declares none."
+        " For a loss that reduces more, make a `Mask` in its body."
       )
 
   def unfilled(self, x: Any) -> Any:
-    """An argument for a formula that selects by itself what is included.
+    """Prepares an argument of a formula that selects elements by itself.
 
-    Masked elements keep what they hold. Where JAX looks at each operation they
-    are 0, for it to find no NaN in them.
+    Masked elements keep what they hold. While JAX inspects each operation for
+    NaN they are 0, so that it finds none in them.
     """
     if self.where is None or x is None:
       return x
@@ -271,7 +273,7 @@ class Mask:
     return jnp.asarray(x)
 
   def check_axis_of(self, x: Any, name: str) -> None:
-    """Refuses an axis that is not the same in an argument as in the data."""
+    """Refuses an axis that is another one in an argument of lower rank."""
     axis, shape = self._axis, np.shape(x)
     given = axis if isinstance(axis, Sequence) else (axis,)
     if 0 < len(shape) < len(self.shape) and any(
@@ -285,36 +287,36 @@ class Mask:
 
 
 def is_empty(axis: Axis) -> bool:
-  """Whether it names no axis."""
+  """Whether `axis` names no axis."""
   return isinstance(axis, tuple | list) and not axis
 
 
 def is_debugging() -> bool:
-  """Whether JAX looks for NaN or infinity, or runs operation by operation.
+  """Whether JAX inspects the result of each operation.
 
-  Then each operation on garbage would be reported, or hide the one that is to
-  be found.
+  It would then report operations on garbage, in place of the user's mistake.
   """
   flags = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
   return any(getattr(jax.config, flag) for flag in flags)
 
 
 def _without_garbage(x: Any, where: jax.Array, fill: float) -> Any:
-  """Replaces what is masked before any other operation on an argument.
+  """Replaces masked elements before any other operation on an argument.
 
-  By a finite number, which no result depends on. It takes the select itself:
-  `jnp.where` converts what it is given, and broadcasts it.
+  No result depends on the number that replaces them. `jnp.where` will not do:
+  it converts and broadcasts its arguments, which are operations on garbage.
   """
   in_numpy = isinstance(x, np.ndarray) and not isinstance(
     where, jax.core.Tracer
   )
   if not (in_numpy or isinstance(x, jax.Array)):
     return x
-  # An element that is broadcast is masked where all that it meets is masked.
+  # An element of size 1 is masked if all elements that it broadcasts to are.
   new = where.ndim - x.ndim
   shape = (1,) * new + x.shape
-  met = tuple(a for a, size in enumerate(shape) if size == 1)
-  kept = jnp.squeeze(jnp.any(where, met, keepdims=True), tuple(range(new)))
+  broadcast = tuple(a for a, size in enumerate(shape) if size == 1)
+  kept = jnp.any(where, broadcast, keepdims=True)
+  kept = jnp.squeeze(kept, tuple(range(new)))
   if jnp.issubdtype(x.dtype, jnp.integer):
     fill = int(fill)
   if in_numpy:  # To put it on a device would be an operation.
@@ -326,7 +328,7 @@ def _without_garbage(x: Any, where: jax.Array, fill: float) -> Any:
 def boolean(where: Where) -> jax.Array:
   """Checks the dtype of a mask."""
   fix = "`mask != 0`"
-  if isinstance(where, Sequence):  # Not equal to 0, whatever is in it.
+  if isinstance(where, Sequence):  # A list never equals 0.
     fix = "`jnp.asarray(mask) != 0`"
   if not isinstance(where, jax.Array):  # A conversion costs microseconds.
     where = jnp.asarray(where)
@@ -364,7 +366,7 @@ def missing_axes(
   axes: Axes,
   refuse_ambiguous: bool,
 ) -> Axes:
-  """The axes that a mask, or what has the shape of one, lacks of the data."""
+  """The axes of the data that a mask, or weights of its shape, do not have."""
   rank = len(shape)
   if not x_shape:
     return tuple(range(rank))
@@ -423,7 +425,7 @@ def _indexed(new_axes: Axes, rank: int) -> str:
 
 
 def _shape_of_examples(given: Shape, shape: Shape, axes: Axes) -> Shape:
-  """The shape of what has one entry an example, in the rank of the data."""
+  """Gives the shape of an array with one entry an example the data's rank."""
   missing = len(shape) - len(axes) - len(given)
   if missing < 0:
     raise ValueError(
@@ -449,7 +451,7 @@ def axes_last(axis: Axis, *arrays: Any) -> list[Any]:
     if x is None:
       return None
     x = jnp.expand_dims(x, range(len(shape) - jnp.ndim(x)))
-    if any(x.shape[a] != 1 for a in axes):  # If not, it broadcasts later.
+    if varies_along(x, axes):  # If not, it broadcasts later.
       sizes = [shape[a] if a in axes else s for a, s in enumerate(x.shape)]
       x = jnp.broadcast_to(x, sizes)
     x = jnp.moveaxis(x, axes, range(batch, x.ndim))

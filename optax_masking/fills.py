@@ -35,7 +35,7 @@ _UNDERFLOW = 1.1 * math.log(float(jnp.finfo("float32").smallest_subnormal))
 
 
 def select(where: jax.Array, x: Any, fill: float) -> jax.Array:
-  """Replaces what is masked by a number, and keeps the dtype, weak or not."""
+  """Replaces masked elements by a number, and keeps the dtype, weak or not."""
   dtype = jnp.result_type(x)
   if jnp.issubdtype(dtype, jnp.bool):
     return jnp.where(where, x, bool(fill))
@@ -48,29 +48,38 @@ class PerExample:
   """Fills an argument that has one entry an example, and none of ``axis``.
 
   Attributes:
-    fill: What stands in for the entry of a masked example.
+    fill: The number that replaces the entry of a masked example.
   """
 
   fill: float
 
 
+def varies_along(x: Array, axes: Axes) -> bool:
+  """Whether an array has more than one element along any of the axes.
+
+  A mask that has not is one of whole examples, and is never expanded.
+  """
+  return any(x.shape[a] != 1 for a in axes)
+
+
 def expanded(x: Array, rank: int, axes: Axes) -> jax.Array:
-  """Gives what has one entry an example the rank of the data."""
+  """Gives an array with one entry an example the rank of the data."""
   missing = rank - len(axes) - jnp.ndim(x)
   return jnp.expand_dims(jnp.expand_dims(x, range(missing)), axes)
 
 
 def class_number(labels: Array, classes: int) -> jax.Array:
-  """Counts classes from 0; `classes` stands for a label that names none."""
+  """The class of each label, counted from 0; `classes` if it names none."""
   labels = jnp.asarray(labels).astype(int)
   labels = jnp.where(labels < 0, labels + classes, labels)  # -1 is the last.
   return jnp.where((labels >= 0) & (labels < classes), labels, classes)
 
 
-def at_class(x: jax.Array, labels: jax.Array, axes: Axes) -> jax.Array:
-  """The element of each example's class: NaN, or True, if there is no such.
+def element_of_class(x: jax.Array, labels: jax.Array, axes: Axes) -> jax.Array:
+  """Looks up the element of `x` that belongs to the class of each example.
 
-  The labels are class numbers, with the rank of `x`.
+  The labels are class numbers, with the rank of `x`. A label that names no
+  class gives NaN, and True for a boolean `x`.
   """
   classes = math.prod(x.shape[a] for a in axes)
 
@@ -79,19 +88,19 @@ def at_class(x: jax.Array, labels: jax.Array, axes: Axes) -> jax.Array:
     if x.dtype == bool:
       return ~jnp.any(named & ~x, axes, keepdims=True)
     found = jnp.sum(jnp.where(named, x, 0), axes, keepdims=True)
-    # 0 divided by 0, in place of a constant NaN.
+    # Divides 0 by 0, since a constant NaN would be reported by debug tools.
     return found / (labels < classes).astype(x.dtype)
 
   def gather(x, labels):
-    if x.dtype == bool:  # A label of no class is no fault of a mask.
+    if x.dtype == bool:
       found = jnp.take_along_axis(x, jnp.minimum(labels, classes - 1), axes[0])
       return found | (labels == classes)
-    return jnp.take_along_axis(x, labels, axes[0])  # It fills with NaN.
+    return jnp.take_along_axis(x, labels, axes[0])  # NaN if out of range.
 
   # An explicit mesh refuses to gather from an axis that it shards.
   if len(axes) != 1 or _is_sharded(x, axes[0]):
     return compare(x, labels)
-  # But for CPUs the comparison is part of a loop that is there anyway.
+  # Except on CPUs, the comparison is fused with a loop that is there anyway.
   return on_cpus(gather, compare, x, labels)
 
 
@@ -100,8 +109,8 @@ def on_cpus(
   otherwise: Callable[..., jax.Array],
   *arguments: jax.Array,
 ) -> jax.Array:
-  """Calls a function where the program runs on CPUs, and else another."""
-  # The `shard_map` of older versions refuses what depends on the platform.
+  """Calls `function` if the program runs on CPUs, and else `otherwise`."""
+  # The `shard_map` of older versions refuses a choice between platforms.
   if not hasattr(jax, "shard_map"):
     return otherwise(*arguments)
   return jax.lax.platform_dependent(*arguments, cpu=function, default=otherwise)
@@ -116,16 +125,17 @@ def _is_sharded(x: Array, axis: int) -> bool:
 def class_is_included(
   labels: Array, where: jax.Array, shape: Shape, axes: Axes
 ) -> jax.Array:
-  """Whether the class that an integer label names is included.
+  """Whether the class of each example is included.
 
-  A label that names no class is left for the loss to deal with.
+  An example with a label that names no class counts as included, so that the
+  loss reports the label as it does without a mask.
   """
-  if all(where.shape[a] == 1 for a in axes):
+  if not varies_along(where, axes):
     return where
   labels = class_number(labels, math.prod(shape[a] for a in axes))
   batch = tuple(1 if a in axes else s for a, s in enumerate(shape))
   labels = jnp.broadcast_to(expanded(labels, len(shape), axes), batch)
-  return at_class(jnp.broadcast_to(where, shape), labels, axes)
+  return element_of_class(jnp.broadcast_to(where, shape), labels, axes)
 
 
 def below_maximum(
@@ -145,7 +155,7 @@ def below_maximum(
   distance below those near the largest. A slice with nothing included keeps its
   first class, at 0, and one with a larger logit than `largest` is not shifted.
   """
-  if any(where.shape[a] != 1 for a in axes) and 0 not in jnp.shape(x):
+  if varies_along(where, axes) and 0 not in jnp.shape(x):
     x = _not_maximum(x, where, axes)
     top = jnp.max(jax.lax.stop_gradient(x), axes, keepdims=True)
     # An included logit of +inf is left for the loss to deal with.

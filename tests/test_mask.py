@@ -76,12 +76,12 @@ def test_without_a_mask():
 def test_with_class_is_another_mask():
   mask = optax.Mask(WHERE, -1, X, examples=LABELS)
   other = mask.with_class(LABELS)
-  own = WHERE[np.arange(4), LABELS]
-  assert not own.all()
+  included = WHERE[np.arange(4), LABELS]
+  assert not included.all()
   np.testing.assert_array_equal(mask.where, WHERE)
-  np.testing.assert_array_equal(other.where, WHERE & own[:, None])
-  np.testing.assert_array_equal(other.any, own)
-  with pytest.raises(AttributeError, match="its `where` can't be assigned"):
+  np.testing.assert_array_equal(other.where, WHERE & included[:, None])
+  np.testing.assert_array_equal(other.any, included)
+  with pytest.raises(AttributeError, match="cannot assign to field 'where'"):
     mask.where = other.where
 
 

@@ -181,7 +181,9 @@ class DecoratorTest(parameterized.TestCase):
         optax.masked_inputs(**fills)(loss)
     for fill in (None, optax.fills.PerExample(None)):
       with self.assertRaisesWithLiteralMatch(
-        TypeError, "The fill of `predictions` is no number, but None."
+        TypeError,
+        "The fill of `predictions` must be a number, a `PerExample` or a"
+        " function, not None.",
       ):
         optax.masked_inputs(predictions=fill)(loss)
 

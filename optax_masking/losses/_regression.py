@@ -11,11 +11,10 @@ from optax_masking.fills import select, zero_unless_empty
 from optax_masking.losses._original import original
 
 
-def _of_error(loss, slope, predictions, targets, *, axis, where):
-  """A loss of the error that is 0 at 0, as its slope is.
+def _loss_of_error(loss, slope, predictions, targets, *, axis, where):
+  """Masks a loss of the error that is 0 at 0 and has a slope of 0 there.
 
-  Without a mask it is the loss itself. With one the error is selected once, in
-  the loop that subtracts, and not the loss.
+  The error is selected once, in the loop that subtracts, and the loss is not.
   """
   mask = Mask(where, axis, predictions, targets)
   if where is None:
@@ -23,13 +22,13 @@ def _of_error(loss, slope, predictions, targets, *, axis, where):
 
   @jax.custom_jvp
   def masked(predictions, targets, where):
-    return loss(_error(predictions, targets, where), None)
+    return loss(_masked_error(predictions, targets, where), None)
 
   @masked.defjvp
   def _(primals, tangents):
     predictions, targets, where = primals
-    derivative = _error(tangents[0], tangents[1], where)
-    slopes = slope(_error(predictions, targets, where))
+    derivative = _masked_error(tangents[0], tangents[1], where)
+    slopes = slope(_masked_error(predictions, targets, where))
     return masked(*primals), slopes * derivative
 
   predictions, targets = mask.unfilled(predictions), mask.unfilled(targets)
@@ -45,7 +44,7 @@ def _of_error(loss, slope, predictions, targets, *, axis, where):
   return mask.sum(masked(predictions, targets, mask.where), zeroed=True)
 
 
-def _error(predictions, targets, where):
+def _masked_error(predictions, targets, where):
   predictions = select(where, predictions, 0)
   if targets is None:
     return predictions
@@ -97,7 +96,7 @@ def squared_error(
     Hastie et al., `The Elements of Statistical Learning
     <https://hastie.su.domains/ElemStatLearn/>`_, 2009, section 2.4.
   """
-  return _of_error(
+  return _loss_of_error(
     original.squared_error,
     lambda error: 2 * error,
     predictions,
@@ -148,7 +147,7 @@ def l2_loss(
     <https://www.microsoft.com/en-us/research/publication/pattern-recognition-machine-learning/>`_,
     2006, section 1.1.
   """
-  return _of_error(
+  return _loss_of_error(
     original.l2_loss,
     lambda error: error,
     predictions,
@@ -251,7 +250,7 @@ def log_cosh(
     Chen et al., `Log Hyperbolic Cosine Loss Improves Variational Auto-Encoder
     <https://openreview.net/pdf?id=rkglvsC9Ym>`_, 2019.
   """
-  return _of_error(
+  return _loss_of_error(
     original.log_cosh,
     jnp.tanh,
     predictions,
@@ -261,7 +260,7 @@ def log_cosh(
   )
 
 
-def _of_vectors(loss, predictions, targets, epsilon, *, axis, where):
+def _cosine(loss, predictions, targets, epsilon, *, axis, where):
   """A loss of vectors that are divided by their norms."""
   mask = Mask(
     where, axis, predictions, targets, epsilon, refuse_ambiguous_where=True
@@ -327,7 +326,7 @@ def cosine_similarity(
     `Cosine similarity <https://en.wikipedia.org/wiki/Cosine_similarity>`_,
     Wikipedia.
   """
-  return _of_vectors(
+  return _cosine(
     original.cosine_similarity,
     predictions,
     targets,
@@ -378,7 +377,7 @@ def cosine_distance(
     <https://en.wikipedia.org/wiki/Cosine_similarity#Cosine_distance>`_,
     Wikipedia.
   """
-  return _of_vectors(
+  return _cosine(
     original.cosine_distance,
     predictions,
     targets,

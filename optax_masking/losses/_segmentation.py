@@ -114,7 +114,7 @@ def dice_loss(
 def _masked_pixels(predictions, targets, where, apply_softmax, channel=False):
   """Probabilities and targets that are 0 where masked, and the full mask.
 
-  With `channel` an axis for the one class is to be added to both.
+  With `channel`, both get an axis for their only class.
   """
   shape = _shape_of_pixels(predictions, targets, channel)
   mask = Mask(where, -1, jax.ShapeDtypeStruct(shape, bool))
@@ -148,12 +148,13 @@ def _losses_of_classes(
   where,
   axis,
   smooth,
+  *,
   alpha=0.5,
   beta=0.5,
   class_weights=None,
   ignore_background=False,
 ):
-  """One loss a class, 0 if nothing of it is included, and whether it is."""
+  """The loss of each class, 0 without a pixel, and whether there is one."""
   if axis is None:
     axis = tuple(range(1, probabilities.ndim - 1))
   included = jnp.any(where, axis)
@@ -175,7 +176,7 @@ def _losses_of_classes(
 
 
 def _check_probabilities(predictions, targets, where):
-  """Checks pixels of which no class is masked, where values are known."""
+  """Checks the pixels without a masked class, unless JAX traces the values."""
   sums = jax.lax.stop_gradient(_sums(predictions, targets, where=where))
   with contextlib.suppress(jax.errors.ConcretizationTypeError):
     if not jnp.allclose(sums, 1.0, rtol=1e-5):
@@ -188,7 +189,7 @@ def _check_probabilities(predictions, targets, where):
 
 @compiled()
 def _sums(predictions, targets, axis=-1, *, where):
-  """Of the probabilities of each pixel, 1 if a class is masked."""
+  """The sum of the probabilities of each pixel, or 1 if a class is masked."""
   shape = _shape_of_pixels(predictions, targets)
   mask = Mask(where, axis, jax.ShapeDtypeStruct(shape, bool))
   if where is None or np.ndim(predictions) < len(shape) or shape[-1] == 1:
@@ -198,7 +199,7 @@ def _sums(predictions, targets, axis=-1, *, where):
 
 
 def _count(included, axis, dtype):
-  """The divisor of a mean, 1 for one of nothing."""
+  """The divisor of a mean, 1 if nothing is included."""
   return jnp.maximum(jnp.sum(included, axis), 1).astype(dtype)
 
 
@@ -231,7 +232,15 @@ def _dice_loss(
     return loss(predictions, targets, apply_softmax=apply_softmax)
   p, t, mask = _masked_pixels(predictions, targets, where, apply_softmax)
   losses, included = _losses_of_classes(
-    p, t, mask, axis, smooth, alpha, beta, class_weights, ignore_background
+    p,
+    t,
+    mask,
+    axis,
+    smooth,
+    alpha=alpha,
+    beta=beta,
+    class_weights=class_weights,
+    ignore_background=ignore_background,
   )
   if reduction == "none":
     return losses
@@ -244,7 +253,7 @@ def _dice_loss(
 
 
 def _pixel_axes(axis, shape):
-  """Checks axes, and refuses that of the classes."""
+  """Checks the axes, and refuses the class axis."""
   axes = canonicalize_axes(axis, shape)
   if len(shape) - 1 in axes:
     raise ValueError(
