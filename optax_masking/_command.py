@@ -61,5 +61,5 @@ def _run_losses(given: argparse.Namespace) -> int:
     if row.makes_loss:
       loss = row.of(optax_masking.losses)
     axis = inspect.signature(loss).parameters["axis"].default
-    print(f"| `{name}` | `{axis}` | {row.removes} | {row.left} |")
+    print(f"| `{name}` | `{axis}` | {row.removes} | {row.empty} |")
   return 0

@@ -1,4 +1,4 @@
-"""Neutral fills that no number can be.
+"""Neutral fills that depend on the data.
 
 Each is called with an argument `x`, the mask `where` and the reduced `axes`.
 `where` has the rank of the data, and `x` broadcasts with it.

@@ -41,12 +41,12 @@ def masked_sum(
   derivative, and its own derivatives are 0.
 
   Args:
-    values: What to add up, such as losses; of any shape and dtype.
+    values: Numbers to add up, such as losses; of any shape and dtype.
     where: Elements to include, True for included ones: as in
       :func:`optax_masking.masked_inputs`, so with the rank of ``values`` and
       broadcasting to it, or with that rank without ``axis``, or a scalar.
     axis: Axis or axes to reduce, as in ``jnp.sum``. None stands for all.
-    weights: What to multiply by, in any of the shapes of ``where``. A weight
+    weights: Factors of the values, in any of the shapes of ``where``. A weight
       of 0 is no mask: 0 times NaN is NaN. Negative weights are refused, but
       those that JAX traces, as in ``jit``, are not checked.
     axis_name: Name or names of mapped axes, inside ``shard_map``, ``pmap`` or
@@ -97,11 +97,11 @@ def masked_count(
   It is what :func:`masked_mean` divides by.
 
   Args:
-    values: What is counted, such as losses. Only its shape matters; to count
+    values: Array to count, such as losses. Only its shape matters; to count
       a mask by itself, write ``masked_count(mask, mask)``.
     where: Elements to include, as in :func:`masked_sum`.
     axis: Axis or axes to reduce, as in :func:`masked_sum`.
-    weights: What to add up in the place of ones, as in :func:`masked_sum`.
+    weights: Numbers to add up in the place of ones, as in :func:`masked_sum`.
     axis_name: Name or names of mapped axes to add up over, as in
       :func:`masked_sum`.
 
@@ -174,7 +174,7 @@ def masked_mean(
   of the map, or in forward mode, needs no correction.
 
   Args:
-    values: What to average, such as the losses of tokens, or a boolean array of
+    values: Numbers to average, such as the losses of tokens, or a boolean array of
       which predictions are right; of any shape and dtype.
     where: Elements to include, as in :func:`masked_sum`. What a masked element
       holds changes neither the mean nor a derivative, and the derivatives with
@@ -183,7 +183,7 @@ def masked_mean(
     weights: Weights of the elements, as in :func:`masked_sum`: not negative,
       and no mask. If they add up to 0, and so do the weighted values, the mean
       is 0.
-    denominator: What to divide by in the place of the count or of the sum of
+    denominator: Divisor in the place of the count or of the sum of
       the weights: a number, or an array that broadcasts to the result. For a
       microbatch, give the count of its whole batch. With ``axis_name`` it is
       added up over the devices, as the count would be: give each device its own
@@ -269,8 +269,8 @@ class RunningMean(NamedTuple):
   Attributes:
     numerator: Sum of the (weighted) values.
     denominator: Their number, or the sum of their weights.
-    numerator_rest: What is to be added to the numerator.
-    denominator_rest: What is to be added to the denominator.
+    numerator_rest: Number that is still to be added to the numerator.
+    denominator_rest: Number that is still to be added to the denominator.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -326,11 +326,11 @@ class RunningMean(NamedTuple):
     the value and the count as its weight.
 
     Args:
-      values: What to average, as in :func:`masked_mean`.
+      values: Numbers to average, as in :func:`masked_mean`.
       where: Elements to include, as in :func:`masked_mean`.
       axis: Axis or axes to reduce, as in :func:`masked_mean`.
       weights: Weights of the elements, as in :func:`masked_mean`.
-      denominator: What to count the step for, as in :func:`masked_mean`.
+      denominator: Divisor of the step, as in :func:`masked_mean`.
       axis_name: Name or names of mapped axes to add up over, as in
         :func:`masked_mean`.
 

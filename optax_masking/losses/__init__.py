@@ -1,6 +1,6 @@
 """The losses of `optax.losses`, with `axis` and `where`.
 
-What is not masked here is looked up in Optax, when it is asked for.
+Other names are looked up in Optax when they are used.
 """
 
 import collections as _collections
@@ -41,7 +41,7 @@ _modules = [
   )
 ]
 _defined = _collections.ChainMap(*map(vars, _modules))
-# An older Optax may lack a loss; then it is lacking here.
+# A loss that an older Optax does not have is not here either.
 globals().update(
   (name, _defined[name]) for name in _ROWS if hasattr(_optax_losses, name)
 )

@@ -506,7 +506,7 @@ def multiclass_hinge_loss(
     <https://www.jmlr.org/papers/v2/crammer01a.html>`_, 2001.
   """
   mask = Mask(where, axis, scores, examples=labels).with_class(labels)
-  # What is far below the maximum does not change it, a margin of 1 included.
+  # A score far below the maximum does not change it, nor does it with a margin.
   (x,) = axes_last(axis, mask(scores, far_below, "scores"))
   y = mask.example(labels, 0)
   return mask.out(original.multiclass_hinge_loss(x, y))
@@ -559,7 +559,7 @@ def multiclass_perceptron_loss(
     <https://aclanthology.org/W02-1001>`_, 2002.
   """
   mask = Mask(where, axis, scores, examples=labels).with_class(labels)
-  # What is far below the maximum does not change it.
+  # A score far below the maximum does not change it.
   (x,) = axes_last(axis, mask(scores, far_below, "scores"))
   y = mask.example(labels, 0)
   return mask.out(original.multiclass_perceptron_loss(x, y))
@@ -829,7 +829,7 @@ def convex_kl_divergence(
     ...     where=jnp.array([True, True, False])))
     0.0
   """
-  # Written out, for the warning to name the line of the caller.
+  # Written out, so that the warning names the line of the caller.
   warnings.warn(
     "The function convex_kl_divergence is deprecated. Please use"
     " generalized_kl_divergence instead.",
@@ -842,10 +842,10 @@ def convex_kl_divergence(
 
 
 def _impossible_class(x, where, axes):
-  """Fills logits of classes that are as good as impossible.
+  """Fills logits so that masked classes are as good as impossible.
 
-  Their log probability is the default of `log_epsilon`. It has no derivative,
-  so that its size does no harm.
+  Their log probability becomes the default of `log_epsilon`, which has no
+  derivative.
   """
   masked = max(-1e5, float(jnp.finfo(x.dtype).min) / 2)
   return below_maximum(x, where, axes, masked=masked)
@@ -924,11 +924,11 @@ def ctc_loss_with_forward_probs(
   if where is None:
     return loss(labels, label_paddings)
   padding = jnp.asarray(label_paddings) == 1
-  # The last label is compared with the padding after it, and a label is never
-  # a blank.
+  # Optax compares the last label with the padding after it. A label is never a
+  # blank, so blanks are put there.
   labels = jnp.where(padding, blank_id, labels)
   losses, *log_probs = loss(labels, label_paddings)
-  # A label whose class is masked in all frames leaves the sequence no target.
+  # A sequence has no target if the class of a label is masked in all frames.
   (kept,) = axes_last(axis, jnp.broadcast_to(mask.where, mask.shape))
   named = jax.nn.one_hot(labels, x.shape[-1], dtype=bool)
   lost = named & ~jnp.any(kept, 1)[:, None] & ~padding[..., None]
@@ -973,11 +973,10 @@ def ctc_loss(
     log_epsilon: Stands for the logarithm of 0. The loss of a sequence whose
       labels have no alignment, such as one with more labels than frames, is
       about its negative, 1e5, with a gradient that teaches nothing: see the
-      examples for how to drop such a sequence. What costs more can't be told
-      from it: if each alignment has a negative log probability above 1e5, the
-      loss is about 1e5, and the derivatives of these alignments are 0. So it is
-      with a masked class, whose log probability in a frame is -1e5: where no
-      alignment without it costs less, the loss is about 1e5, too.
+      examples for how to drop such a sequence. The loss is also about 1e5, with
+      derivatives of 0, if every alignment has a log probability below -1e5. A
+      masked class has a log probability of -1e5 in its frame, so that the loss
+      is about 1e5 if every alignment passes through one.
     axis: Class axis or axes, as in :func:`optax_masking.masked_inputs`.
     where: Elements to include, as in :func:`optax_masking.masked_inputs`. A
       mask of shape ``[B, T]`` removes frames as padding does, one of shape
@@ -1041,14 +1040,14 @@ def ctc_loss(
 def _wide_below_maximum(x, where, axes):
   """Fills scores that enter a projection, which a shift does not change.
 
-  One that is 1 below the maximum is outside of the support. A sum over many of
-  them needs the digits of float32, which is the dtype of the result anyway, and
-  so does the shift: in float16 two scores may be an infinity apart, and the
-  loss of the lower one is finite.
+  A score that is 1 below the maximum is outside of the support. Sums over many
+  scores need the digits of float32, which is the dtype of the result anyway. So
+  does the shift: in float16 the difference of two scores may be infinite, while
+  the loss of the lower one is finite.
   """
-  # The select comes first, for no garbage to be converted.
+  # Selected before the conversion, so that no garbage is converted.
   x = jnp.where(where, x, 0).astype(jnp.promote_types(x.dtype, "float32"))
-  # Nor may a shift make differences of the largest ones infinite, or a sum.
+  # Scores above `largest` are not shifted: their differences may be infinite.
   return below_maximum(x, where, axes, masked=-2.0, largest=1e30)
 
 

@@ -78,19 +78,19 @@ def ranking_softmax_loss(
   )
   if reduce_fn is None:
     return losses
-  # Where no list is left, the reduction is one of zeros instead of nothing.
+  # A reduction over no list would be 0/0, so it includes zeros instead.
   over = getattr(reduce_fn, "keywords", {}).get("axis")
   nothing = ~jnp.any(included, over, keepdims=True)
   reduced = reduce_fn(losses, where=included | nothing)
-  # What axis another function reduces is not to be seen, but that it is NaN for
-  # ones too, where nothing is included.
+  # Another function hides which axis it reduces. Where it includes nothing, it
+  # is NaN for ones, too.
   ones = reduce_fn(jnp.ones_like(losses), where=included | nothing)
   return jnp.where(jnp.isnan(reduced) & jnp.isnan(ones), 0.0, reduced)
 
 
 @compiled()
 def _losses_of_lists(logits, labels, weights=None, *, axis, where):
-  """The losses, and which lists have anything included."""
+  """The losses, and whether anything of each list is included."""
   mask = Mask(
     where,
     axis,
@@ -99,7 +99,7 @@ def _losses_of_lists(logits, labels, weights=None, *, axis, where):
     weights,
     refuse_ambiguous_where=True,
   )
-  # A masked item is not in the normalizer. Its weight multiplies a label of 0.
+  # A masked item is not in the normalizer, and a label of 0 removes its term.
   x = mask(logits, below_maximum, "logits")
   x, y, w = axes_last(axis, x, mask(labels, 0.0), mask(weights, 0.0))
   losses = original.ranking_softmax_loss(x, y, weights=w, reduce_fn=None)

@@ -157,8 +157,8 @@ def l2_loss(
   )
 
 
-# An error of 0 is 0, with a derivative of 0. It is multiplied by delta, whose
-# derivatives at 1 are finite.
+# At an error of 0 the loss and its derivatives are 0. At a delta of 1, which is
+# a factor, the derivatives are finite.
 @compiled()
 @masked_inputs(predictions=0.0, targets=0.0, delta=1.0)
 def huber_loss(
@@ -265,12 +265,12 @@ def _cosine(loss, predictions, targets, epsilon, *, axis, where):
   mask = Mask(
     where, axis, predictions, targets, epsilon, refuse_ambiguous_where=True
   )
-  # 0 adds nothing to the product and the norms, of which none may be 0.
+  # 0 adds nothing to the product or the norms. An empty vector gets norm 1.
   x = mask(predictions, zero_unless_empty, "predictions")
   y = mask(targets, zero_unless_empty, "targets")
   if where is None or np.ndim(epsilon):
     epsilon = mask(epsilon, 1.0)
-  else:  # A number is one for each vector.
+  else:  # A number holds for each vector.
     epsilon = jnp.expand_dims(mask.example(epsilon, 1.0), mask.axes)
   return mask.out(loss(x, y, epsilon=epsilon, axis=axis))
 

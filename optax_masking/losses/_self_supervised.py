@@ -70,8 +70,8 @@ def ntxent(
     Representations <https://arxiv.org/abs/2002.05709>`_, 2020.
   """
   mask = Mask(where, axis, embeddings, examples=labels)
-  # 0 adds nothing to a product or a norm. The norms are kept from being 0, but
-  # so near to it that in float16 the second derivative would overflow.
+  # 0 adds nothing to a product or a norm. An empty vector is filled by a unit
+  # vector: Optax's least norm is so small that second derivatives overflow.
   x = mask(embeddings, zero_unless_empty, "embeddings")
   (vectors,) = axes_last(axis, x)
   if where is None:
@@ -91,13 +91,13 @@ def ntxent(
   same = jnp.expand_dims(labels, 1) == jnp.expand_dims(labels, 0)
   positive, negative = pairs & same, pairs & ~same
   any_negative = jnp.any(negative, -1, keepdims=True)
-  # The loss is one of differences, which have more digits near 0.
+  # Only differences enter the loss, and they have more digits near 0.
   least = jnp.min(x, -1, keepdims=True)
   top = jnp.max(jnp.where(pairs, x, least), -1, keepdims=True)
   x = x - jax.lax.stop_gradient(top)
   filled = far_below(x, negative, (1,))
   logs = jax.nn.logsumexp(filled, -1, keepdims=True)
-  # Without a negative pair it is the logarithm of x over x, NaN if x is.
+  # Without a negative pair the loss is 0, or NaN if x is.
   losses = jnp.where(any_negative, jax.nn.softplus(logs - x), x - x)
   losses = select(positive, losses, 0)
   return jnp.sum(losses) / jnp.maximum(jnp.sum(positive), 1)
@@ -176,12 +176,12 @@ def triplet_margin_loss(
     )
   _check_sizes(*vectors, axis)
   mask = Mask(where, axis, *vectors, examples=(margin, eps))
-  # At an empty slice, and `eps` of 0, the derivative of a norm is infinite.
+  # With `eps` of 0 the norm of an empty slice would have infinite derivatives.
   margin, eps = mask.example(margin, 1.0), mask.example(eps, 1.0)
   a, p, n = (mask(x, 0.0) for x in vectors)
 
   def distance(x, y):
-    # 1 is a difference at which the power has finite derivatives of any order.
+    # At 1 a power has finite derivatives of any order.
     powers = jnp.power(mask(x - y, 1.0), norm_degree)
     return (jnp.sum(mask(powers, 0.0), axis) + eps) ** (1 / norm_degree)
 
@@ -191,14 +191,15 @@ def triplet_margin_loss(
 def _check_sizes(anchors, positives, negatives, axis):
   """Refuses vectors that broadcast along the axis.
 
-  Each distance is a sum over its own entries, and a mask has those of all.
+  Without a mask Optax sums each distance over the entries of its two vectors,
+  which a mask of the broadcast shape can't describe.
   """
   shapes = [np.shape(x) for x in (anchors, positives, negatives)]
   try:
     shape = jnp.broadcast_shapes(*shapes)
     axes = canonicalize_axes(axis, shape)
   except (TypeError, ValueError):
-    return  # There is another message for that.
+    return  # `Mask` reports these.
   for given in shapes:
     padded = (1,) * (len(shape) - len(given)) + given
     if any(padded[a] != shape[a] for a in axes):

@@ -65,12 +65,12 @@ def smooth_labels(
   mask = Mask(where, axis, labels, alpha, refuse_ambiguous_where=True)
   included = jnp.broadcast_to(mask.where, mask.shape)
   count = jnp.maximum(jnp.sum(included, mask.axes, keepdims=True), 1)
-  # The formula is of one element and a count; what is masked is zeroed later.
+  # Any finite fill will do, since `mask.out` zeroes masked elements.
   labels, alpha = mask(labels, 0.0), jnp.asarray(mask(alpha, 0.5))
-  # Optax divides by the count: an integer becomes a float32. Of other dtypes
-  # the quotient keeps that of alpha, since the reciprocal's is weak; the count
-  # itself may be more than float16 has. It is no number of the caller, for a
-  # strict program to refuse.
+  # The reciprocal is weakly typed, so that the result has the dtype of alpha;
+  # the count itself may overflow in float16. Under strict promotion it must not
+  # be refused, since it is no argument of the caller. Dividing alpha by 1 makes
+  # an integer a float, as Optax's division by the count does.
   with jax.numpy_dtype_promotion("standard"):
     reciprocal = 1.0 / count
   return mask.out((1 - alpha) * labels + alpha / 1 * reciprocal)

@@ -1,8 +1,8 @@
-"""One row a loss: what its signature does not say.
+"""One row a loss: the facts that its signature does not say.
 
-Whatever goes through the losses is derived from these rows: the exports, the
-tests, the audit, the benchmark, the table that `optax-masking losses` prints
-and what is staged. A loss that is added here is in all of them.
+The exports, the tests, the audit, the benchmark, the table that `optax-masking
+losses` prints and the staged losses are derived from these rows. A loss that is
+added here is in all of them.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 Maker = Callable[[np.random.Generator, Shape], np.ndarray]
 Loss = Callable[..., Any]
 
-# What a mask removes, where several losses have it in common.
+# Descriptions of what a mask removes that several losses share.
 _ELEMENTS = "elements: 0 in the output, and not in the sum over `axis`"
 _CLASSES = "classes, from the normalizer and the sum, or whole examples"
 _OWN_CLASS = "also examples whose own class is masked"
@@ -34,8 +34,8 @@ _FRAMES = (
 )
 
 
-# Data of every kind that losses take, for a shape that ends in the axis of the
-# classes, the features or the items.
+# Makers of data. The last axis of a shape is that of the classes, features or
+# items.
 
 
 def logits(rng, shape):
@@ -124,7 +124,7 @@ def _of_sequences(loss):
   return sequences
 
 
-# The shape nearest to a given one that Optax's loss takes without a mask.
+# Each gives the shape nearest to another that Optax's loss takes.
 
 
 def _any(shape):
@@ -154,31 +154,32 @@ def _sequences(shape):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """What there is to know of a loss.
+  """The facts about a loss.
 
   Attributes:
-    name: Its name in `optax.losses`.
-    data: What makes its arguments, in their order.
-    removes: What a mask removes.
+    name: The name in `optax.losses`.
+    data: Makers of its arguments, in their order.
+    removes: Description of what a mask removes.
     written_for: Fingerprints of the versions of Optax's function that the
-      wrapper was written for: the first is that of Optax 0.2.7 and 0.2.8.
-    left: The value where nothing is left.
-    elementwise: Whether it returns a number an element.
-    slices: Whether each slice along `axis` is by itself.
-    keeps_shape: Whether it has an `axis` and returns an array like its data.
+      wrapper was written for; the first is that of Optax 0.2.7 and 0.2.8.
+    empty: Description of the value where nothing is included.
+    elementwise: Whether the loss returns a number for each element.
+    slices: Whether the slices along `axis` are independent.
+    keeps_shape: Whether the loss has an `axis` and returns an array like its
+      data.
     shape: A shape for small data.
     adapt: Turns Optax's function into one of the data, `axis` and `where`.
-    fit: The shape nearest to a given one that Optax's loss takes.
-    masks_examples: Whether it takes a mask without the last axis.
-    result_axes: Which axes of the data the result has, where its shape does not
-      tell.
-    compacts: Whether its data can be written without what is masked. Those of
-      sequences can't: other arguments name the classes.
+    fit: Gives the shape nearest to another that Optax's loss takes.
+    masks_examples: Whether the loss takes a mask without the last axis.
+    result_axes: The axes of the data that the result has, if its shape does not
+      show them.
+    compacts: Whether the data can be written without masked elements. Data of
+      sequences can't, since other arguments name the classes.
     makes_loss: Whether it is a function that returns the loss.
     alias_of: The loss of which this is a deprecated name.
-    output_of: The loss that it calls, for the first of its results.
-    mechanism: The way of masking that tests try with it by day. What depends
-      on the way alone is tested of other losses at night.
+    output_of: The loss of which this is the first result.
+    mechanism: The way of masking for which this loss stands in the default
+      tests. The nightly tests try such properties with every loss.
   """
 
   name: str
@@ -186,7 +187,7 @@ class Row:
   removes: str
   written_for: tuple[str, ...]
   _: dataclasses.KW_ONLY
-  left: str = "0"
+  empty: str = "0"
   elementwise: bool = False
   slices: bool = True
   keeps_shape: bool = False
@@ -202,7 +203,7 @@ class Row:
   mechanism: str | None = None
 
   def of(self, losses: Any) -> Loss:
-    """The loss of a module, as a function of the data."""
+    """The loss of this name in a module, as a function of the data."""
     loss = getattr(losses, self.name)
     return self.adapt(loss) if self.adapt else loss
 
@@ -218,11 +219,11 @@ class Row:
 
   @property
   def has_axis_of_slices(self) -> bool:
-    """Whether Optax's loss has an `axis`, and not one of pixels."""
+    """Whether Optax's loss has an `axis` along which slices are independent."""
     return self.slices and self.takes("axis")
 
   def positions(self, *makers: Maker) -> tuple[int, ...]:
-    """Which of the arguments are made so."""
+    """The positions of the arguments that these makers make."""
     return tuple(i for i, make in enumerate(self.data) if make in makers)
 
   @property
@@ -232,12 +233,12 @@ class Row:
 
   @property
   def per_example(self) -> tuple[int, ...]:
-    """Which of the arguments have an entry an example."""
+    """The positions of the arguments with one entry an example."""
     return self.positions(class_index, pairs)
 
   @property
   def floating(self) -> tuple[int, ...]:
-    """Which of the arguments are differentiable."""
+    """The positions of the differentiable arguments."""
     integers = self.positions(class_index, pairs, binary)
     return tuple(i for i in range(len(self.data)) if i not in integers)
 
@@ -256,7 +257,7 @@ class Row:
       shape: Shape of the data; by default `self.shape`.
       axis: Axis or axes of the classes, features or items.
       scale: Number to multiply logits and logarithms by.
-      seed: Which data of many.
+      seed: Seed of the data.
     """
     shape = self.shape if shape is None else shape
     given = axis if isinstance(axis, tuple) else (axis,)
@@ -279,7 +280,7 @@ class Row:
 
 
 _CTC: dict[str, Any] = {
-  "left": "0, also if a label is left in no frame",
+  "empty": "0, also if a label is included in no frame",
   "slices": False,
   "shape": (2, 4, 3),
   "adapt": _of_sequences,
@@ -319,7 +320,7 @@ _ROWS = (
     "items of a list, from the normalizer and the sum, or whole lists; also"
     " from the count of `reduce_fn`",
     ("eb71e2ed",),
-    left="0, any mean too",
+    empty="0, any mean too",
     adapt=_losses_of_lists,
   ),
   Row(
@@ -449,7 +450,7 @@ _ROWS = (
     "classes: 0 in the output, and `alpha` is spread over the others; or whole"
     " examples",
     ("f96ddf7e",),
-    left="0 for each class",
+    empty="0 for each class",
     keeps_shape=True,
     mechanism="a result of the data's shape",
   ),
@@ -487,7 +488,7 @@ _ROWS = (
     (vectors, pairs),
     "embeddings, as if they were not in the batch, or entries of the vectors",
     ("0dda955b",),
-    left="0, without a positive pair",
+    empty="0, without a positive pair",
     slices=False,
     shape=(6, 5),
     fit=_few_examples,
