@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from optax_masking._mask import Mask
 from optax_masking.fills import (
   class_number,
-  element_of_class,
   expanded,
   flat_index,
   on_cpus,
+  take_class,
   varies_along,
 )
 
@@ -50,7 +50,7 @@ def softmax_cross_entropy_of_class(
   # An example whose own class is masked counts as masked.
   included = where
   if varies_along(where, axes):
-    included = element_of_class(jnp.broadcast_to(where, shape), labels, axes)
+    included = take_class(jnp.broadcast_to(where, shape), labels, axes)
   loss, _, _ = _class_loss(logits, labels, where & included, included, axes)
   # The tangent of an example that is masked as a whole may be NaN.
   return _rounded(jnp.squeeze(jnp.where(included, loss, 0), axes), dtype)
@@ -121,7 +121,7 @@ def _class_loss(logits, labels, where, included, axes):
     included = included & (named | (total != 0))
   total = jnp.where(included, total, 1)
   labels = jnp.where(included, labels, 0)
-  label_logits = element_of_class(logits, labels, axes).astype(top.dtype)
+  label_logits = take_class(logits, labels, axes).astype(top.dtype)
   loss = jnp.log(total) - (label_logits - top)
   return jnp.where(included, loss, 0), top, total
 

@@ -75,7 +75,7 @@ def class_number(labels: Array, classes: int) -> jax.Array:
   return jnp.where((labels >= 0) & (labels < classes), labels, classes)
 
 
-def element_of_class(x: jax.Array, labels: jax.Array, axes: Axes) -> jax.Array:
+def take_class(x: jax.Array, labels: jax.Array, axes: Axes) -> jax.Array:
   """Looks up the element of `x` that belongs to the class of each example.
 
   The labels are class numbers, with the rank of `x`. A label that names no
@@ -135,7 +135,7 @@ def class_is_included(
   labels = class_number(labels, math.prod(shape[a] for a in axes))
   batch = tuple(1 if a in axes else s for a, s in enumerate(shape))
   labels = jnp.broadcast_to(expanded(labels, len(shape), axes), batch)
-  return element_of_class(jnp.broadcast_to(where, shape), labels, axes)
+  return take_class(jnp.broadcast_to(where, shape), labels, axes)
 
 
 def below_maximum(

@@ -174,8 +174,8 @@ def masked_mean(
   of the map, or in forward mode, needs no correction.
 
   Args:
-    values: Numbers to average, such as the losses of tokens, or a boolean array of
-      which predictions are right; of any shape and dtype.
+    values: Numbers to average, such as the losses of tokens, or a boolean array
+      of which predictions are right; of any shape and dtype.
     where: Elements to include, as in :func:`masked_sum`. What a masked element
       holds changes neither the mean nor a derivative, and the derivatives with
       respect to it are 0.
