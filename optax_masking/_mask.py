@@ -255,9 +255,9 @@ class Mask:
     if np.shape(result) != expected:
       raise ValueError(
         f"The loss returned the shape {np.shape(result)} for data of shape"
-        f" {self.shape}, not {expected}. A masked loss reduces the `axis` that"
-        " it declares, or returns a value for each element if it declares none."
-        " For a loss that reduces more, make a `Mask` in its body."
+        f" {self.shape}, not {expected}. A masked loss reduces the `axis`"
+        " that it declares, or returns a value for each element if it"
+        " declares none. A loss that reduces more makes a `Mask` in its body."
       )
 
   def unfilled(self, x: Any) -> Any:

@@ -192,7 +192,7 @@ class StageTest(StagingTestCase):
       # The oldest Python that Optax runs with.
       ast.parse(after[file], feature_version=(3, 10))
     for line in inserted:
-      self.assertLessEqual(len(line), 80)
+      self.assertLessEqual(len(line), 80, line)
       self.assertNotIn("optax_masking", line)
       self.assertEqual(line, line.rstrip())
     # Inside of brackets Optax indents by 4 spaces.
