@@ -164,7 +164,7 @@ def engine_text(names: Iterable[str]) -> str:
   text = f"{docstring}\n\n{joined_imports(imports)}\n{code}"
   # What is for a package that exports the decorator, and its fills.
   text = re.sub(r"\n\n +Examples:\n.*?(?=\n +\"\"\")", "", text, flags=re.S)
-  return re.sub(r"\n\n +Those of :mod:`optax_masking\.fills` .*", "", text)
+  return re.sub(r"\n\n +:mod:`optax_masking\.fills` has those .*", "", text)
 
 
 def _docstring(module: Module) -> str:
