@@ -201,8 +201,8 @@ def _check_fills(loss: Callable[..., Any], fills: Mapping[str, Any]) -> None:
     number = fill.fill if isinstance(fill, PerExample) else fill
     if not (callable(number) or isinstance(number, numbers.Real)):
       raise TypeError(
-        f"The fill of `{name}` must be a number, a `PerExample` or a function,"
-        f" not {number!r}."
+        f"The fill of `{name}` must be a number, a `PerExample` or a"
+        f" function, not {number!r}."
       )
 
 

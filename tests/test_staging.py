@@ -319,10 +319,10 @@ class StageTest(StagingTestCase):
     """A function that came with another loss, and was edited since."""
     self.stage("squared_error")
     file = "optax/losses/_regression.py"
-    self.edit(file, "A loss of the error", "Any loss of the error")
+    self.edit(file, "Masks a loss of the error", "Masks any loss of the error")
     self.stage("l2_loss")
     text = (self.root / file).read_text()
-    self.assertEqual(text.count("def _of_error("), 1)
+    self.assertEqual(text.count("def _loss_of_error("), 1)
     self.assertIn("Any loss of the error", text)
 
   @pytest.mark.slow
