@@ -323,7 +323,7 @@ class StageTest(StagingTestCase):
     self.stage("l2_loss")
     text = (self.root / file).read_text()
     self.assertEqual(text.count("def _loss_of_error("), 1)
-    self.assertIn("Any loss of the error", text)
+    self.assertIn("any loss of the error", text)
 
   @pytest.mark.slow
   def test_lost(self):
