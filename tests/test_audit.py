@@ -142,6 +142,19 @@ class AuditTest(parameterized.TestCase):
     self.assertEqual((status, output), (2, ""))
     self.assertIn(text, errors)
 
+  @parameterized.parameters(("--format", "html"), ("--also", "html=page.html"))
+  def test_page_without_jinja(self, *arguments):
+    """The command refuses it before the audit starts."""
+    with mock.patch.dict(sys.modules, {"jinja2": None}):
+      status, output, errors = self.audit(*arguments, "some_losses:wrong")
+    self.assertEqual((status, output), (2, ""))
+    self.assertEqual(
+      errors,
+      f"optax-masking audit: error: {' '.join(arguments)} needs Jinja2:"
+      " pip install 'optax_masking[report]'\n",
+    )
+    self.assertFalse(os.path.exists("page.html"))
+
   @parameterized.parameters(
     ("some_losses:labelled", "labelled"), ("some_losses:made", "of_three_axes")
   )

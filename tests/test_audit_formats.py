@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 
 from absl.testing import absltest, parameterized
 
@@ -144,6 +146,16 @@ class AuditTest(parameterized.TestCase):
     self.assertNotIn("\x00", written)
     self.assertNotIn("\u2028", written)
     written.encode("utf-8")
+
+  def test_only_the_page_needs_jinja(self):
+    program = (
+      "import sys; sys.modules['jinja2'] = None\n"
+      "import optax_masking._command\n"
+      "from optax_masking.testing import _audit_formats as formats\n"
+      "for name in ('text', 'markdown', 'json_text', 'github'):\n"
+      "  getattr(formats, name)(formats.Audit({'optax': {}}, {}))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def uncolored(text):

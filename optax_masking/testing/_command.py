@@ -2,19 +2,25 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 import optax_masking
-from optax_masking._output import UsageError, check_writable, write
+from optax_masking._output import (
+  CommandError,
+  UsageError,
+  check_writable,
+  write,
+)
 from optax_masking.testing import _audit, _audit_formats
 
 FORMATS = ("text", "markdown", "json", "github", "html")
@@ -68,7 +74,12 @@ def add_to(commands: Any) -> None:
       " default one for each processor, and 1 on anything but a CPU"
     ),
   )
-  parser.add_argument("--format", choices=FORMATS, default="text")
+  parser.add_argument(
+    "--format",
+    choices=FORMATS,
+    default="text",
+    help="text by default; html needs the extra optax_masking[report]",
+  )
   parser.add_argument(
     "--output",
     metavar="FILE",
@@ -101,6 +112,7 @@ def _run_audit(given: argparse.Namespace) -> int:
   if given.update_baseline and not given.baseline:
     raise UsageError("--update-baseline needs --baseline FILE")
   also = [_format_and_file(each) for each in given.also]
+  _check_page(given.format, given.also)
   known = None
   if given.baseline and not given.update_baseline:
     known = _read_baseline(given.baseline, given.quick)
@@ -174,6 +186,16 @@ def _format_and_file(also: str) -> tuple[str, str]:
       f"--also {also!r} must be FORMAT=FILE, with one of {', '.join(FORMATS)}"
     )
   return name, file
+
+
+def _check_page(format_: str, also: Sequence[str]) -> None:
+  """Raises before the audit starts, if a page could not be written."""
+  pages = ["--format html"] if format_ == "html" else []
+  pages += [f"--also {each}" for each in also if each.startswith("html=")]
+  if pages and importlib.util.find_spec("jinja2") is None:
+    raise CommandError(
+      f"{pages[0]} needs Jinja2: pip install 'optax_masking[report]'"
+    )
 
 
 def _formatted(audit: _audit_formats.Audit, name: str, file: str | None) -> str:
