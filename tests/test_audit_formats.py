@@ -705,6 +705,12 @@ class HtmlTest(parameterized.TestCase):
     )
     self.assertNotIn("against the baseline", formats.html(AUDIT))
 
+  def test_numbers_are_shown_on_any_screen(self):
+    """As the legend promises."""
+    written = formats.html(AUDIT)
+    self.assertIn("number of findings", written)
+    self.assertNotRegex(written, r"\.number \{[^}]*display: none")
+
   @parameterized.product(
     scheme=["light", "dark"],
     pair=[
