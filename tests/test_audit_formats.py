@@ -539,7 +539,55 @@ def contrast(a, b):
   return (high + 0.05) / (low + 0.05)
 
 
+HOSTILE = (
+  "a' onload=alert(1)",
+  'a" onmouseover="alert(1)" x="',
+  "<img src=x onerror=alert(1)>",
+  "</pre></code></td></table><script>alert(1)</script>",
+  "</title></style><script>alert(1)</script><!--",
+  "`</code><b>`",
+  "{{ 7 * 7 }}{% raw %}{# <b> #}",
+  "&lt;b&gt;",
+)
+
+
+def audit_of_strings(text):
+  """An audit in which each string that a user or a loss chooses is `text`."""
+  strings = {
+    field.name: text
+    for field in dataclasses.fields(Finding)
+    if field.type in (str, str | None)
+  }
+  finding = Finding(**{**strings, "clause": "empty"}, element=(0,))
+  found = report(
+    text, finding, identity=text, honesty=text, transforms=text, accepts=text
+  )
+  key = identify(text, text, finding)
+  return Audit(
+    {text: {text: found}}, {text: text}, new=frozenset({key}), gone=(text,)
+  )
+
+
 class HtmlTest(parameterized.TestCase):
+  @parameterized.parameters(*HOSTILE)
+  def test_nothing_in_the_data_is_markup(self, text):
+    """The elements and their attributes are those of a harmless text."""
+
+    def read(text):
+      written = formats.html(audit_of_strings(text))
+      page = Page(written.removeprefix("<!doctype html>"))
+      return page, [(e.tag, list(e.attributes)) for e in page.elements]
+
+    page, structure = read(text)
+    # With backticks and spaces where the other has them.
+    _, harmless = read(re.sub(r"[^`\s]", "x", text))
+    self.assertEqual(structure, harmless)
+    self.assertEqual(page.all("h2")[0].text, text)
+    blocks = page.all("pre")
+    self.assertNotEmpty(blocks)
+    for block in blocks:
+      self.assertEqual(block.text, text)
+
   @parameterized.named_parameters(ALL)
   def test_is_one_page_that_loads_nothing(self, audit):
     written = formats.html(audit)
