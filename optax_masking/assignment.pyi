@@ -1,5 +1,2 @@
-from typing import Any
-
+import optax.assignment as __getattr__
 from optax.assignment import *
-
-def __getattr__(name: str) -> Any: ...

@@ -1,5 +1,2 @@
-from typing import Any
-
+import optax.contrib as __getattr__
 from optax.contrib import *
-
-def __getattr__(name: str) -> Any: ...

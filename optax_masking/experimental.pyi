@@ -1,5 +1,2 @@
-from typing import Any
-
+import optax.experimental as __getattr__
 from optax.experimental import *
-
-def __getattr__(name: str) -> Any: ...

@@ -1,5 +1,2 @@
-from typing import Any
-
+import optax.microbatching as __getattr__
 from optax.microbatching import *
-
-def __getattr__(name: str) -> Any: ...

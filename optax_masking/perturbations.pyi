@@ -1,5 +1,2 @@
-from typing import Any
-
+import optax.perturbations as __getattr__
 from optax.perturbations import *
-
-def __getattr__(name: str) -> Any: ...

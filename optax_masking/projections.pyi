@@ -1,5 +1,2 @@
-from typing import Any
-
+import optax.projections as __getattr__
 from optax.projections import *
-
-def __getattr__(name: str) -> Any: ...

@@ -1,5 +1,2 @@
-from typing import Any
-
+import optax.schedules as __getattr__
 from optax.schedules import *
-
-def __getattr__(name: str) -> Any: ...

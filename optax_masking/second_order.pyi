@@ -1,5 +1,2 @@
-from typing import Any
-
+import optax.second_order as __getattr__
 from optax.second_order import *
-
-def __getattr__(name: str) -> Any: ...

@@ -1,5 +1,2 @@
-from typing import Any
-
+import optax.tree as __getattr__
 from optax.tree import *
-
-def __getattr__(name: str) -> Any: ...

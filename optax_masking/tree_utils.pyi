@@ -1,5 +1,2 @@
-from typing import Any
-
+import optax.tree_utils as __getattr__
 from optax.tree_utils import *
-
-def __getattr__(name: str) -> Any: ...

@@ -1,10 +1,12 @@
 """`optax_masking` in the place of `optax`, in every form of import."""
 
+import ast
 import importlib
 import inspect
 import pathlib
 import pickle
 import pkgutil
+import re
 import subprocess
 import sys
 import types
@@ -67,6 +69,19 @@ def unaccounted(losses):
   """The public functions of a module that are not masked."""
   public = {n for n in dir(losses) if not n.startswith("_")}
   return public - set(MASKED)
+
+
+def unnamed(module, source):
+  """Public names that neither `import *` nor a source's list imports."""
+  imported = {
+    alias.asname
+    for node in ast.walk(ast.parse(source))
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+  }
+  # A test may have imported Optax's own.
+  public = {n for n in dir(module) if not re.search("^_|_test$", n)}
+  return public - set(getattr(module, "__all__", public)) - imported
 
 
 class SwapTest(parameterized.TestCase):
@@ -177,10 +192,24 @@ class SwapTest(parameterized.TestCase):
       for m in pkgutil.iter_modules(upstream.__path__)
       if m.ispkg and not m.name.startswith("_")
     }
-    self.assertEqual(
-      {path.stem for path in package.glob("*.pyi")}, modules - {"losses"}
-    )
+    stubs = {path.stem: path.read_text() for path in package.glob("*.pyi")}
+    self.assertEqual(stubs.keys(), modules - {"losses"})
+    for name, text in stubs.items():
+      self.assertStartsWith(
+        text,
+        f"import optax.{name} as __getattr__\nfrom optax.{name} import *\n",
+      )
     self.assertTrue((package / "py.typed").exists())
+
+  def test_names_that_star_leaves_out(self):
+    """A type checker finds each of Optax's names, in its `__all__` or not."""
+    for module in pathlib.Path(optax.__file__).parent.glob("*.pyi"):
+      theirs = getattr(upstream, module.stem)
+      self.assertEmpty(unnamed(theirs, module.read_text()), module)
+    source = inspect.getsource(optax)
+    self.assertEmpty(unnamed(upstream, source) - set(MASKED))
+    source = source.replace("named_chain as named_chain,", "")
+    self.assertEqual(unnamed(upstream, source) - set(MASKED), {"named_chain"})
 
   def test_star(self):
     """The names of `from optax import *`, and its objects but the losses."""

@@ -13,20 +13,22 @@ import optax.losses as _optax_losses
 from optax_masking.losses._table import ROWS as _ROWS
 
 if _typing.TYPE_CHECKING:
-  from optax.losses import *  # noqa: F403  # The masked losses replace its own.
+  import optax.losses as __getattr__  # See the package itself, for `try`, too.
 
-  from optax_masking.losses._classification import *  # noqa: F403
-  from optax_masking.losses._fenchel_young import *  # noqa: F403
-  from optax_masking.losses._ranking import *  # noqa: F403
-  from optax_masking.losses._regression import *  # noqa: F403
-  from optax_masking.losses._segmentation import *  # noqa: F403
-  from optax_masking.losses._self_supervised import *  # noqa: F403
-  from optax_masking.losses._smoothing import *  # noqa: F403
-
-  def __getattr__(name: str) -> _typing.Any: ...
+  try:
+    from optax_masking.losses._classification import *  # noqa: F403
+    from optax_masking.losses._fenchel_young import *  # noqa: F403
+    from optax_masking.losses._ranking import *  # noqa: F403
+    from optax_masking.losses._regression import *  # noqa: F403
+    from optax_masking.losses._segmentation import *  # noqa: F403
+    from optax_masking.losses._self_supervised import *  # noqa: F403
+    from optax_masking.losses._smoothing import *  # noqa: F403
+  except ImportError:
+    from optax.losses import *  # noqa: F403
 else:
   # No frame of this package, for a deprecation to name the line of the caller.
   __getattr__ = _functools.partial(getattr, _optax_losses)
+  __all__ = tuple(n for n in dir(_optax_losses) if not n.startswith("_"))
 
 _modules = [
   _importlib.import_module(f"{__name__}.{name}")
@@ -45,8 +47,6 @@ _defined = _collections.ChainMap(*map(vars, _modules))
 globals().update(
   (name, _defined[name]) for name in _ROWS if hasattr(_optax_losses, name)
 )
-
-__all__ = tuple(n for n in dir(_optax_losses) if not n.startswith("_"))
 
 
 def __dir__() -> list[str]:
