@@ -5,10 +5,11 @@ package masks: every other name is Optax's own object, looked up in Optax when
 it is asked for.
 """
 
-import functools as _functools
 import typing as _typing
 
 import optax as _optax
+
+from optax_masking._names import names_of as _names_of
 
 if _typing.TYPE_CHECKING:
   # A type checker that skips Optax, which declares no types, as mypy does by
@@ -60,8 +61,7 @@ if _typing.TYPE_CHECKING:
   except ImportError:
     from optax import *  # noqa: F403
 else:
-  # No frame of this package, for a deprecation to name the line of the caller.
-  __getattr__ = _functools.partial(getattr, _optax)
+  __getattr__ = _names_of(_optax, __name__)
 
 from optax_masking import (
   _submodules,

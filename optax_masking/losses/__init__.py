@@ -4,12 +4,12 @@ Other names are looked up in Optax when they are used.
 """
 
 import collections as _collections
-import functools as _functools
 import importlib as _importlib
 import typing as _typing
 
 import optax.losses as _optax_losses
 
+from optax_masking._names import names_of as _names_of
 from optax_masking.losses._table import ROWS as _ROWS
 
 if _typing.TYPE_CHECKING:
@@ -26,8 +26,7 @@ if _typing.TYPE_CHECKING:
   except ImportError:
     from optax.losses import *  # noqa: F403
 else:
-  # No frame of this package, for a deprecation to name the line of the caller.
-  __getattr__ = _functools.partial(getattr, _optax_losses)
+  __getattr__ = _names_of(_optax_losses, __name__)
   __all__ = tuple(n for n in dir(_optax_losses) if not n.startswith("_"))
 
 _modules = [
