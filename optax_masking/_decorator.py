@@ -69,8 +69,9 @@ def masked_inputs(
 
   Returns:
     A decorator. A loss without ``axis`` or ``where`` in its signature gets them
-    as keywords (write them out, for a type checker to know them). A loss with
-    ``where`` in its signature is given None or the mask, in the shape ``S``.
+    as keywords; a type checker knows those that the signature declares. A loss
+    with ``where`` in its signature is given None or the mask, in the shape
+    ``S``.
 
   Raises:
     TypeError: From the decorated loss, if ``where`` is not boolean, ``axis`` is
@@ -96,6 +97,21 @@ def masked_inputs(
     >>> print(jax.grad(absolute_error)(
     ...     predictions, targets, axis=-1, where=~jnp.isnan(targets)))
     [-1.  0. -1.]
+
+    A type checker accepts ``axis`` and ``where`` after two more lines, which
+    change nothing else:
+
+    >>> @optax.masked_inputs(predictions=0.0, targets=0.0)
+    ... def absolute_error(
+    ...     predictions: jax.Array,
+    ...     targets: jax.Array,
+    ...     *,
+    ...     axis: int | tuple[int, ...] | None = (),
+    ...     where: jax.typing.ArrayLike | None = None,
+    ... ) -> jax.Array:
+    ...   return jnp.abs(predictions - targets)
+    >>> print(absolute_error(predictions, targets, where=~jnp.isnan(targets)))
+    [2. 0. 1.]
 
     One that reduces an axis, of logits:
 
