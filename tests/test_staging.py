@@ -45,15 +45,15 @@ STAGED_TESTS = "optax/losses/_masking_test.py"
 
 
 def run(*arguments):
-  """The exit status of the command, and what it prints."""
+  """Runs the command; returns its exit status, output and errors."""
   out, err = io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     status = main(list(map(str, arguments)))
   return status, out.getvalue(), err.getvalue()
 
 
-def content(root):
-  """The texts of a checkout, by file."""
+def source_files(root):
+  """The texts of the Python files of a checkout, by path."""
   return {
     path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
     for path in sorted(root.rglob("*.py"))
@@ -70,17 +70,18 @@ def definition(text, name):
 
 
 def signature(node):
-  """Each parameter, with its kind and default."""
-  a = node.args
-  names = [p.arg for p in a.args]
-  defaults = [None] * (len(names) - len(a.defaults)) + a.defaults
+  """The defaults of all parameters, and the names of positional parameters."""
+  args = node.args
+  names = [p.arg for p in args.args]
+  defaults = [None] * (len(names) - len(args.defaults)) + args.defaults
   found = dict(zip(names, defaults, strict=True))
-  found |= {p.arg: d for p, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)}
+  keywords = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+  found |= {p.arg: default for p, default in keywords}
   return {n: d and ast.unparse(d) for n, d in found.items()}, names
 
 
-def undefined(text):
-  """The names that functions of a module use, and nothing defines."""
+def undefined_names(text):
+  """The names that functions of a module use without a definition."""
   module = symtable.symtable(text, "module", "exec")
   defined = {s.get_name() for s in module.get_symbols() if s.is_local()}
   found, todo = set(), [module]
@@ -93,7 +94,7 @@ def undefined(text):
   return found - defined - set(dir(builtins)) - {"__name__"}
 
 
-def python(root, *arguments, **options):
+def run_python(root, *arguments, **options):
   """Runs Python with the Optax of a folder; a failure shows the output."""
   path = os.pathsep.join([str(root), str(TESTS), str(TESTS.parent)])
   result = subprocess.run(
@@ -109,7 +110,7 @@ def python(root, *arguments, **options):
   return result.stdout
 
 
-def git(root, *arguments):
+def run_git(root, *arguments):
   command = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=b"]
   subprocess.run([*command, *arguments], check=True, capture_output=True)
 
@@ -148,12 +149,12 @@ class StagingTestCase(parameterized.TestCase):
     (self.root / file).write_text("".join(lines))
 
   def assert_refused(self, *arguments, message):
-    """With the reason, and without a change."""
-    before = content(self.root)
+    """Runs the command, which gives its reason and changes no file."""
+    before = source_files(self.root)
     status, out, err = run(*arguments)
     self.assertEqual((status, out), (2, ""))
     self.assertRegex(err, message)
-    self.assertEqual(content(self.root), before)
+    self.assertEqual(source_files(self.root), before)
     return err
 
 
@@ -167,14 +168,20 @@ class StageTest(StagingTestCase):
     self.check_one_loss(name)
 
   def check_one_loss(self, name):
-    before = content(self.root)
+    before = source_files(self.root)
     self.stage(name)
-    after = content(self.root)
+    after = source_files(self.root)
     changed = {file for file in after if after[file] != before.get(file)}
     (module,) = changed - {ENGINE, STAGED_TESTS}
     self.assertLen(changed, 3)
     self.assertIn(f"\ndef {name}(", before[module])
+    self.check_licenses(after, module)
+    self.check_inserted_lines(before, after, changed)
+    self.check_names(name, after, module)
+    self.check_kept_lines(name, before[module], after[module])
+    self.check_signature_and_docstring(name, before[module], after[module])
 
+  def check_licenses(self, after, module):
     license_of_old, license_of_engine, license_of_tests = (
       re.findall(r"(?m)^#.*$", after[file])[:14]
       for file in (module, ENGINE, STAGED_TESTS)
@@ -184,6 +191,7 @@ class StageTest(StagingTestCase):
     self.assertEqual(license_of_engine, license_of_tests)
     self.assertEqual(license_of_engine[1:], license_of_old[1:])
 
+  def check_inserted_lines(self, before, after, changed):
     inserted = []
     for file in changed:
       old = before.get(file, "").splitlines()
@@ -199,13 +207,13 @@ class StageTest(StagingTestCase):
     nested = "def missing_axes(\n    name: str,\n"
     self.assertTrue(nested in after[ENGINE])
 
-    self.assertEmpty(undefined(after[module]))
-    self.assertEmpty(undefined(after[ENGINE]))
+  def check_names(self, name, after, module):
+    """Every used name is defined, and the engine has no unused function."""
+    self.assertEmpty(undefined_names(after[module]))
+    self.assertEmpty(undefined_names(after[ENGINE]))
     used = set(re.findall(r"\b_masking\.(\w+)", after[module]))
     engine = symtable.symtable(after[ENGINE], ENGINE, "exec")
     self.assertContainsSubset(used, set(engine.get_identifiers()))
-
-    # Nothing that this loss does not need.
     text = after[ENGINE] + after[module]
     for function in engine.get_children():
       if function.get_name() != "_":
@@ -220,44 +228,51 @@ class StageTest(StagingTestCase):
     imports = re.findall(r"(?m)^from (optax\S*) import (\w+)", after[module])
     self.assertEqual(imports, sorted(imports))
 
-    # No line is lost, but for the body that another takes the place of. A
-    # parameter that was the last may get a comma.
-    kept = iter([x.rstrip(",") for x in after[module].splitlines()])
-    old = definition(before[module], name)
-    lines = before[module].splitlines()
+  def check_kept_lines(self, name, before, after):
+    """Only the body that a wrapper replaces is lost.
+
+    The last parameter may get a comma.
+    """
+    kept = iter([x.rstrip(",") for x in after.splitlines()])
+    old = definition(before, name)
+    lines = before.splitlines()
     if name == "ctc_loss":
       del lines[old.body[0].end_lineno : old.end_lineno]
     for line in lines:
       self.assertIn(line.rstrip(","), kept)
 
-    new = definition(after[module], name)
-    (has, positional), (had, old_positional) = signature(new), signature(old)
+  def check_signature_and_docstring(self, name, before, after):
+    old, new = definition(before, name), definition(after, name)
+    old_defaults, old_positional = signature(old)
+    new_defaults, new_positional = signature(new)
     if name != "make_fenchel_young_loss":
-      self.assertContainsSubset({"axis", "where"}, has)
-      self.assertEqual(has["where"], "None")
-    self.assertEqual({n: has[n] for n in had}, had)
-    self.assertEqual(list(has)[: len(had)], list(had))
-    self.assertEqual(positional, old_positional)
-    lines = after[module].splitlines()[new.lineno : new.body[0].lineno]
+      self.assertContainsSubset({"axis", "where"}, new_defaults)
+      self.assertEqual(new_defaults["where"], "None")
+    self.assertEqual({n: new_defaults[n] for n in old_defaults}, old_defaults)
+    self.assertEqual(
+      list(new_defaults)[: len(old_defaults)], list(old_defaults)
+    )
+    self.assertEqual(new_positional, old_positional)
+    lines = after.splitlines()[new.lineno : new.body[0].lineno]
     self.assertNotIn("", lines)
     docstring = ast.get_docstring(new)
     (arguments,) = re.findall(r"(?ms)^Args:\n(.*?)(?:\n\n|\Z)", docstring)
     indents = {len(x) for x in re.findall(r"(?m)^ *(?=\w+:)", arguments)}
     self.assertLen(indents, 1)
-    for argument in has.keys() - had.keys():
+    for argument in new_defaults.keys() - old_defaults.keys():
       self.assertRegex(arguments, rf"(?m)^ *{argument}: ")
-    if "where" in had:
+    if "where" in old_defaults:
       self.assertRegex(arguments, r"\n +It is boolean, with the rank")
     *_, note = re.findall(r"(?m)^\.\. versionchanged:: (.*)$", docstring)
     self.assertEqual(note, self.next_version())
-    # Which is a directive of its own, and not the end of a paragraph.
+    # The note is a directive of its own, and not the end of a paragraph.
     *_, above = docstring.partition(f".. versionchanged:: {note}")[0].split(
       "\n\n"
     )
     self.assertRegex(f"{above}.. ", r"^\.\. ")
 
   def next_version(self):
-    """The release that follows, or that a version of development is for."""
+    """The next release; for a development version, the release it leads to."""
     text = (self.root / "optax/__init__.py").read_text()
     (version,) = re.findall(r'(?m)^__version__ = "(.*)"$', text)
     *numbers, last = version.removesuffix(".dev").split(".")
@@ -265,58 +280,58 @@ class StageTest(StagingTestCase):
 
   @pytest.mark.slow
   def test_order(self):
-    """Whatever is staged first, the result is the same."""
+    """The result does not depend on which loss is staged first."""
     self.stage()
     one_by_one = self.copy()
     for name in reversed(LOSSES):
       self.stage(name, root=one_by_one)
-    self.assertEqual(content(one_by_one), content(self.root))
+    self.assertEqual(source_files(one_by_one), source_files(self.root))
 
   def test_twice(self):
     self.stage("l2_loss", "ctc_loss")
-    before = content(self.root)
+    before = source_files(self.root)
     out, err = self.stage("l2_loss", "ctc_loss")
     self.assertEqual(out, "")
     self.assertRegex(err, "l2_loss, .*ctc_loss: it is staged already")
     self.assertIn("There is nothing to change.", err)
-    self.assertEqual(content(self.root), before)
+    self.assertEqual(source_files(self.root), before)
 
   @pytest.mark.slow
   def test_edited(self):
-    """What a reviewer has changed since stays, and more losses fit in."""
+    """A stage keeps the edits of a reviewer, and adds more losses."""
     self.stage("sigmoid_focal_loss")
     self.edit(STAGED_TESTS, "class MaskTest", "# A remark.\nclass MaskTest")
     self.edit(ENGINE, "Checks the dtype of a mask.", "Refuses other dtypes.")
-    before = content(self.root)
+    before = source_files(self.root)
     self.stage("sigmoid_focal_loss")
-    self.assertEqual(content(self.root), before)
+    self.assertEqual(source_files(self.root), before)
 
     names = ("hinge_loss", "softmax_cross_entropy", "cosine_distance")
     _, err = self.stage(*names)
-    # With functions that have rules, besides others of which some are there.
+    # Its formula has functions with derivative rules, some of them present.
     names += ("softmax_cross_entropy_with_integer_labels",)
     self.stage(names[-1])
     self.assertRegex(err, "_masking.py has been edited.* its own boolean")
-    edited = content(self.root)
+    edited = source_files(self.root)
     other = self.copy()
     self.stage("sigmoid_focal_loss", *names, root=other)
-    whole = content(other)
+    whole = source_files(other)
     as_staged = {
       ENGINE: ("Refuses other dtypes.", "Checks the dtype of a mask."),
       STAGED_TESTS: ("# A remark.\n", ""),
     }
     for file, (new, old) in as_staged.items():
       self.assertEqual(edited[file].count(new), 1)
-      # But for the order of the rows, and empty lines.
+      # The order of the rows and the empty lines may differ.
       got, expected = (
         sorted(filter(None, text.splitlines()))
         for text in (edited[file].replace(new, old), whole[file])
       )
       self.assertEqual(got, expected)
-      self.assertEmpty(undefined(edited[file]))
+      self.assertEmpty(undefined_names(edited[file]))
 
   def test_edited_helper(self):
-    """A function that came with another loss, and was edited since."""
+    """A stage keeps a helper that came with another loss and was edited."""
     self.stage("squared_error")
     file = "optax/losses/_regression.py"
     self.edit(file, "Masks a loss of the error", "Masks any loss of the error")
@@ -327,18 +342,18 @@ class StageTest(StagingTestCase):
 
   @pytest.mark.slow
   def test_lost(self):
-    """What is not there any more is put there again."""
+    """A stage restores files and definitions that were removed."""
     self.stage("hinge_loss")
-    whole = content(self.root)
+    whole = source_files(self.root)
     (self.root / STAGED_TESTS).unlink()
     (self.root / ENGINE).unlink()
     self.stage("hinge_loss")
-    self.assertEqual(content(self.root), whole)
+    self.assertEqual(source_files(self.root), whole)
     for text in ('"""Empty."""\n\nimport jax\n', "X = 1\n"):
       (self.root / ENGINE).write_text(text)
       self.stage("hinge_loss")
       engine = (self.root / ENGINE).read_text()
-      self.assertEmpty(undefined(engine))
+      self.assertEmpty(undefined_names(engine))
       self.assertIn("def masked_inputs(", engine)
       self.assertIn(text.split("\n")[0], engine)
     (self.root / ENGINE).write_text("def\n")
@@ -347,16 +362,16 @@ class StageTest(StagingTestCase):
 
   @pytest.mark.slow
   def test_left_over(self):
-    """Files of a stage that was taken back."""
-    before = content(self.root)
+    """A stage is refused if the files of an earlier, reverted one are left."""
+    before = source_files(self.root)
     self.stage("hinge_loss")
     file = "optax/losses/_classification.py"
     (self.root / file).write_text(before[file])
     message = "If it is left over from an earlier stage, remove it, and optax/l"
     self.assert_refused("stage", self.root, message=message)
 
-  def test_no_file_is_free(self):
-    """An engine is not put where something else is."""
+  def test_name_of_engine_is_taken(self):
+    """A stage overwrites no file that it has not written."""
     message = "there is an optax/losses/_masking.py or a folder of its name"
     path = self.root / ENGINE
     for make, remove in (
@@ -374,8 +389,8 @@ class StageTest(StagingTestCase):
 
   @pytest.mark.slow
   def test_all_or_nothing(self):
-    """If a file can't be written no other is."""
-    before = content(self.root)
+    """If one file can't be written, all others stay as they are."""
+    before = source_files(self.root)
     write = pathlib.Path.write_bytes
 
     def refuse(path, data):
@@ -387,7 +402,7 @@ class StageTest(StagingTestCase):
       status, _, err = run("stage", self.root)
     self.assertEqual(status, 2)
     self.assertRegex(err, "Nothing was changed, since .*_smoothing.py can't be")
-    self.assertEqual(content(self.root), before)
+    self.assertEqual(source_files(self.root), before)
 
   @parameterized.parameters(
     ("0.2.9", "0.2.10"),
@@ -407,18 +422,18 @@ class StageTest(StagingTestCase):
     self.assertIn(f".. versionchanged:: {release}\n    Added ``axis``", text)
 
   def test_alias(self):
-    """A deprecated name needs nothing, once what it calls is staged."""
+    """To stage a deprecated name is to stage the loss that it calls."""
     self.stage(ALIAS)
     by_name = self.copy()
     self.stage("generalized_kl_divergence", root=by_name)
-    self.assertEqual(content(by_name), content(self.root))
+    self.assertEqual(source_files(by_name), source_files(self.root))
     _, err = self.stage(ALIAS)
-    self.assertIn("which is what to stage", err)
+    self.assertIn("a deprecated name: stage generalized_kl_divergence", err)
 
   def test_patch(self):
     """The checkout stays as it is, and `git apply` does what stage does."""
     losses = ("--loss", "sigmoid_focal_loss", "--loss", "hinge_loss")
-    before = content(self.root)
+    before = source_files(self.root)
     file = self.root / "losses.patch"
     status, out, _ = run("stage", self.root, *losses, "--patch", file)
     self.assertEqual(status, 0)
@@ -426,15 +441,15 @@ class StageTest(StagingTestCase):
     self.assertNotIn("Test it", out)
     status, out, _ = run("stage", self.root, *losses, "--dry-run")
     self.assertEqual((status, out), (0, file.read_text()))
-    self.assertEqual(content(self.root), before)
+    self.assertEqual(source_files(self.root), before)
 
-    git(self.root, "init")
-    git(self.root, "apply", file)
+    run_git(self.root, "init")
+    run_git(self.root, "apply", file)
     staged = self.copy()
     out, _ = self.stage("sigmoid_focal_loss", "hinge_loss", root=staged)
-    self.assertEqual(content(self.root), content(staged))
+    self.assertEqual(source_files(self.root), source_files(staged))
 
-    # There is no empty patch, nor one in the place of a file.
+    # A stage without a change writes no patch, and no patch replaces a module.
     file.unlink()
     status, _, err = run("stage", self.root, *losses, "--patch", file)
     self.assertEqual(status, 0)
@@ -448,15 +463,15 @@ class StageTest(StagingTestCase):
 
   @parameterized.parameters("crlf", "no newline at the end")
   def test_ends_of_lines(self, kind):
-    # Of which the last line is of the loss.
+    # The last line of this module is the end of the loss.
     path = self.root / "optax/losses/_classification.py"
     text = path.read_bytes()
     text = text.replace(b"\n", b"\r\n") if kind == "crlf" else text[:-1]
     path.write_bytes(text)
-    git(self.root, "init")
-    git(self.root, "config", "core.autocrlf", "false")
-    git(self.root, "add", ".")
-    git(self.root, "commit", "-m", "As it is.")
+    run_git(self.root, "init")
+    run_git(self.root, "config", "core.autocrlf", "false")
+    run_git(self.root, "add", ".")
+    run_git(self.root, "commit", "-m", "As it is.")
     file = self.root / "losses.patch"
     name = "multiclass_sparsemax_loss"
     run("stage", self.root, "--loss", name, "--patch", file)
@@ -466,27 +481,27 @@ class StageTest(StagingTestCase):
       self.assertEqual(staged.count(b"\r\n"), staged.count(b"\n"))
     else:
       self.assertFalse(staged.endswith(b"\n"))
-    git(self.root, "checkout", ".")
+    run_git(self.root, "checkout", ".")
     (self.root / ENGINE).unlink()
     (self.root / STAGED_TESTS).unlink()
-    git(self.root, "apply", file)
+    run_git(self.root, "apply", file)
     self.assertEqual(path.read_bytes(), staged)
 
   def test_readme(self):
-    """The number of lines that it tells."""
+    """The README has the number of lines that a stage adds."""
     if "OPTAX_CHECKOUT" in os.environ or upstream.__version__ != "0.2.8":
-      self.skipTest("It is that of Optax 0.2.8.")
+      self.skipTest("The number is that of Optax 0.2.8.")
     text = (TESTS.parent / "README.md").read_text()
     (lines,) = re.findall(r"`sigmoid_focal_loss`\s+gets\s+(\d+)\s+lines", text)
     out, _ = self.stage("sigmoid_focal_loss")
     self.assertIn(f"_classification.py: +{lines} lines\n", out)
 
   def test_package_folder(self):
-    """The checkout may be named by its package."""
+    """The folder `optax` stands for the checkout, too."""
     by_package = self.copy()
     self.stage("log_cosh", root=by_package / "optax")
     self.stage("log_cosh")
-    self.assertEqual(content(by_package), content(self.root))
+    self.assertEqual(source_files(by_package), source_files(self.root))
 
   @pytest.mark.slow
   def test_except(self):
@@ -494,7 +509,7 @@ class StageTest(StagingTestCase):
     self.assertEqual(status, 0, err)
     others = self.copy()
     self.stage(*({*LOSSES} - {"log_cosh"}), root=others)
-    self.assertEqual(content(others), content(self.root))
+    self.assertEqual(source_files(others), source_files(self.root))
 
   @pytest.mark.slow
   def test_no_checkout(self):
@@ -516,24 +531,24 @@ class StageTest(StagingTestCase):
     self.assert_refused("stage", self.root, message=message)
 
 
-# An audit takes its time. By day it is known what it would find.
+# An audit takes long. The daily tests replace its verdicts by these.
 
 
-def all_clean(root, names):
+def verdicts_without_finding(root, names):
   kept = _proposals.Verdict(("accepts",), (), False, "")
   return dict.fromkeys(names, kept)
 
 
-def all_broken(root, names):
+def verdicts_with_finding(root, names):
   broken = _proposals.Verdict(("accepts",), ("empty",), False, "")
   return dict.fromkeys(names, broken)
 
 
 class PlantedTest(StagingTestCase):
-  """What is not the Optax that the wrappers were tested with."""
+  """Checkouts that are not the Optax that the wrappers were tested with."""
 
   def test_moved(self):
-    """To another module; the old definition may be left."""
+    """A loss has moved to another module, and may be left in the old one."""
     old, new = "optax/losses/_smoothing.py", "optax/losses/_ranking.py"
     self.edit(
       "optax/losses/__init__.py",
@@ -581,7 +596,7 @@ class PlantedTest(StagingTestCase):
     ),
   )
   def test_called(self, module, called, name, reason):
-    """What a loss calls has changed."""
+    """A function that the loss calls has changed."""
     self.insert(f"optax/losses/{module}.py", called, "  0\n")
     self.assert_refused(
       *("stage", self.root, "--loss", name), message=f"{name}: {reason}"
@@ -594,7 +609,7 @@ class PlantedTest(StagingTestCase):
     self.assert_refused("stage", self.root, message=message)
 
   def test_names_taken(self):
-    """A name that a wrapper needs is another's."""
+    """A module has another object under a name that the wrapper needs."""
     file = "optax/losses/_self_supervised.py"
     arguments = ("stage", self.root, "--loss", "triplet_margin_loss")
     with (self.root / file).open("a") as module:
@@ -607,11 +622,11 @@ class PlantedTest(StagingTestCase):
       "from optax._src import utils\n",
       "from optax._src import utils\nfrom optax.transforms import _masking\n",
     )
-    message = "needs `from optax.losses import _masking`, and there is"
+    message = "needs `from optax.losses import _masking`, but the module has"
     self.assert_refused(*arguments, message=message)
 
   def test_unmasked_by_hand(self):
-    with mock.patch.object(_proposals, "verdicts", all_broken):
+    with mock.patch.object(_proposals, "verdicts", verdicts_with_finding):
       self.check_unmasked_by_hand()
 
   @pytest.mark.nightly
@@ -619,7 +634,7 @@ class PlantedTest(StagingTestCase):
     self.check_unmasked_by_hand()
 
   def check_unmasked_by_hand(self):
-    """The decorator is gone, and the rest of a stage is left."""
+    """Somebody has removed the decorator of a staged loss."""
     self.stage("sigmoid_focal_loss")
     file = "optax/losses/_classification.py"
     text = (self.root / file).read_text()
@@ -648,7 +663,7 @@ class PlantedTest(StagingTestCase):
     self.assert_refused("stage", self.root, message=message)
 
   def test_changed(self):
-    """Its body; not its docstring."""
+    """A stage refuses a changed body, and accepts a changed docstring."""
     file = "optax/losses/_regression.py"
     loss = definition((self.root / file).read_text(), "log_cosh")
     self.edit(file, ast.get_docstring(loss).splitlines()[0], "Log cosh.")
@@ -661,7 +676,7 @@ class PlantedTest(StagingTestCase):
     self.assertIn('"""Log cosh.', (self.root / file).read_text())
 
   def test_comment(self):
-    """One behind the last parameter stays there."""
+    """A comment behind the last parameter stays there."""
     file = "optax/losses/_ranking.py"
     lines = (self.root / file).read_text().splitlines(keepends=True)
     loss = definition("".join(lines), "ranking_softmax_loss")
@@ -673,10 +688,10 @@ class PlantedTest(StagingTestCase):
     self.assertRegex(note, r"reduce_fn: .*,  # A note\.\n    axis: ")
 
   def test_written_otherwise(self):
-    """What is the same to Python, and is not understood, is no traceback."""
+    """Unusual formatting of the same program is an error, not a traceback."""
     file = "optax/losses/_regression.py"
     arguments = ("stage", self.root, "--loss", "log_cosh")
-    message = "log_cosh: its .* is written in a way that is not understood"
+    message = "log_cosh: its .* in a way that this command does not understand"
     text = (self.root / file).read_text()
     loss = definition(text, "log_cosh")
     end = loss.args.defaults[-1]
@@ -694,7 +709,7 @@ class PlantedTest(StagingTestCase):
     )
 
   def test_maskable(self):
-    with mock.patch.object(_proposals, "verdicts", all_broken):
+    with mock.patch.object(_proposals, "verdicts", verdicts_with_finding):
       self.check_maskable()
 
   @pytest.mark.nightly
@@ -702,7 +717,7 @@ class PlantedTest(StagingTestCase):
     self.check_maskable()
 
   def check_maskable(self):
-    """One that takes a mask by other means, and doesn't keep the contract."""
+    """The loss takes a mask by other means, and breaks the contract."""
     file = "optax/losses/_regression.py"
     text = (self.root / file).read_text()
     loss = definition(text, "squared_error")
@@ -719,7 +734,7 @@ class PlantedTest(StagingTestCase):
     )
 
   def test_fixed(self):
-    with mock.patch.object(_proposals, "verdicts", all_clean):
+    with mock.patch.object(_proposals, "verdicts", verdicts_without_finding):
       self.check_fixed()
 
   @pytest.mark.nightly
@@ -727,7 +742,7 @@ class PlantedTest(StagingTestCase):
     self.check_fixed()
 
   def check_fixed(self):
-    """One that keeps the contract by other means."""
+    """The loss keeps the contract by other means."""
     self.stage("hinge_loss")
     (self.root / ENGINE).rename(self.root / "optax/losses/_masks.py")
     (self.root / STAGED_TESTS).unlink()
@@ -741,13 +756,13 @@ class PlantedTest(StagingTestCase):
     self.assertTrue((self.root / ENGINE).is_file())
 
 
-def found_in(root, names):
-  """What an audit of a checkout finds, in a word."""
+def fake_verdicts(root, names):
+  """Verdicts like those of an audit, guessed from the text of a checkout."""
   found = {}
   for name in names:
     (text,) = (
       text
-      for file, text in content(root).items()
+      for file, text in source_files(root).items()
       if f"\ndef {name}(" in text and file.startswith("optax/losses/")
     )
     lines = ast.unparse(definition(text, name)).splitlines()
@@ -769,16 +784,16 @@ def found_in(root, names):
 
 class MessageTest(StagingTestCase):
   def message(self, name, *options):
-    before = content(self.root)
+    before = source_files(self.root)
     arguments = ("stage", self.root, "--message", "--loss", name, *options)
     status, out, err = run(*arguments)
     self.assertEqual(status, 0, err)
-    self.assertEqual(content(self.root), before)
+    self.assertEqual(source_files(self.root), before)
     return out
 
   @pytest.mark.slow
   def test_new(self):
-    """In a checkout whose path is not the shortest."""
+    """The path of the checkout is not normalized."""
     (self.root / "folder").mkdir()
     self.root = self.root / "folder" / ".."
     text = self.message("sigmoid_focal_loss")
@@ -793,14 +808,14 @@ class MessageTest(StagingTestCase):
     self.assertNotIn("Behavior that changes", text)
 
   def test_staged(self):
-    """Of what an audit would find."""
-    with mock.patch.object(_proposals, "verdicts", found_in):
+    """With fake verdicts in place of an audit."""
+    with mock.patch.object(_proposals, "verdicts", fake_verdicts):
       self.check_staged()
 
   @pytest.mark.nightly
   def test_staged_and_audited(self):
     self.check_staged()
-    # It is of what the checkout has, and not of what a stage would make of it.
+    # The message describes the checkout, not a fresh stage of the loss.
     file = "optax/losses/_regression.py"
     text = (self.root / file).read_text()
     text = text.replace("_masking.zero_unless_empty", "2.0")
@@ -811,11 +826,11 @@ class MessageTest(StagingTestCase):
     )
 
   def check_staged(self):
-    """It is the same before and after the loss is staged, in a repository."""
+    """The message is the same before and after the loss is staged."""
     name = "cosine_distance"
     before = self.message(name)
     self.assertStartsWith(
-      before, f"Keep what is masked out of the derivatives of {name}\n\n"
+      before, f"Keep masked elements out of the derivatives of {name}\n\n"
     )
     self.assertRegex(
       before,
@@ -827,19 +842,19 @@ class MessageTest(StagingTestCase):
     self.assertIn(f"- `{name}`: A `where` of lower rank has one entry", before)
     self.stage(name)
     arguments = ("stage", self.root, "--message", "--loss", name)
-    self.assert_refused(*arguments, message="can't be had from git")
+    self.assert_refused(*arguments, message="git can't read the commit HEAD")
 
-    git(self.root, "init")
+    run_git(self.root, "init")
     staged = self.copy()
     shutil.move(self.root / "optax", staged / "staged")
     shutil.move(staged / "optax", self.root / "optax")
-    git(self.root, "add", "optax")
-    git(self.root, "commit", "-m", "Without it.")
+    run_git(self.root, "add", "optax")
+    run_git(self.root, "commit", "-m", "Without it.")
     shutil.rmtree(self.root / "optax")
     shutil.move(staged / "staged", self.root / "optax")
     self.assertEqual(self.message(name), before)
-    git(self.root, "add", "optax")
-    git(self.root, "commit", "-m", "With it.")
+    run_git(self.root, "add", "optax")
+    run_git(self.root, "commit", "-m", "With it.")
     self.assert_refused(
       *arguments, message="Name a commit before it with --base"
     )
@@ -848,8 +863,8 @@ class MessageTest(StagingTestCase):
 
 class StatusTest(StagingTestCase):
   def test_status(self):
-    """Of what an audit would find."""
-    with mock.patch.object(_proposals, "verdicts", found_in):
+    """With fake verdicts in place of an audit."""
+    with mock.patch.object(_proposals, "verdicts", fake_verdicts):
       self.check_status()
 
   @pytest.mark.nightly
@@ -874,7 +889,7 @@ class StatusTest(StagingTestCase):
     self.assertEqual(nothing, [ALIAS, "kl_divergence"])
     self.assertEqual(unknown, ["ntxent"])
     self.assertIn(
-      "     ntxent\n             it is gone, and was a function", out
+      "     ntxent\n             it is gone from optax/losses/_self_super", out
     )
     self.assertIn("Losses: 31. With `axis` and `where`: 10. With", out)
     self.assertIn("Without a finding: 1. Staged: 1.", out)
@@ -883,7 +898,7 @@ class StatusTest(StagingTestCase):
 
 @pytest.mark.slow
 class StagedTest(StagingTestCase):
-  """An Optax with all the losses."""
+  """An Optax with all losses staged."""
 
   def setUp(self):
     super().setUp()
@@ -891,7 +906,7 @@ class StagedTest(StagingTestCase):
     self.stage()
 
   def test_same_program(self):
-    """Without a mask the jaxprs are what they were."""
+    """Without a mask the jaxprs are those of the unchanged Optax."""
     script = (
       "import jax, optax\nfrom cases import CASES\n"
       "assert optax.__file__.startswith(PATH), optax.__file__\n"
@@ -900,7 +915,7 @@ class StagedTest(StagingTestCase):
       "  print(case.name, jax.make_jaxpr(case.original)(*arguments))\n"
     )
     before, after = (
-      python(root, "-c", script.replace("PATH", repr(str(root))))
+      run_python(root, "-c", script.replace("PATH", repr(str(root))))
       for root in (self.pristine, self.root)
     )
     for name in LOSSES:
@@ -908,7 +923,7 @@ class StagedTest(StagingTestCase):
     self.assertEqual(before, after)
 
   def test_few(self):
-    """The tests that came with a loss pass, and the audit of it."""
+    """For a staged loss, its new tests pass and the audit finds nothing."""
     script = (
       "import sys, pytest\nfrom optax_masking._command import main\n"
       "few = sys.argv[1:]\n"
@@ -919,20 +934,19 @@ class StagedTest(StagingTestCase):
       " ' or '.join(few)]))\n"
     )
     few = ("log_cosh",)
-    out = python(self.root, "-c", script, *few)
+    out = run_python(self.root, "-c", script, *few)
     self.assertIn("optax: 1 of 1 loss clean", out)
     self.assertRegex(out, r"\b[1-9]\d* passed")
 
   @pytest.mark.nightly
   def test_optax(self):
-    """Optax's tests of its losses pass, and those that came with the losses."""
+    """Optax's tests of its losses and the new tests pass."""
     options = ("-q", "-p", "no:cacheprovider", "-W", "ignore")
-    out = python(self.root, "-m", "pytest", *options, "optax/losses")
+    out = run_python(self.root, "-m", "pytest", *options, "optax/losses")
     (passed,) = re.findall(r"(\d+) passed", out)
     self.assertIn("IntegerLabelsTest", (self.root / STAGED_TESTS).read_text())
-    # Those of each loss, one of them with weights, and those of Optax.
-    own = 9 * (len(LOSSES) + 1) + 1
-    self.assertGreater(int(passed) - own, 150)
+    new_tests = 9 * (len(LOSSES) + 1) + 1
+    self.assertGreater(int(passed) - new_tests, 150)
 
   @pytest.mark.nightly
   def test_audit(self):
@@ -940,12 +954,12 @@ class StagedTest(StagingTestCase):
       "import sys\nfrom optax_masking._command import main\n"
       "sys.exit(main(['audit', '--quick', 'optax']))"
     )
-    out = python(self.root, "-c", script)
+    out = run_python(self.root, "-c", script)
     self.assertIn(f"optax: {len(MASKED)} of {len(MASKED)} losses clean", out)
 
   def test_imports(self):
-    """No module imports what it does not use."""
-    for file, text in content(self.root).items():
+    """No module has an unused import."""
+    for file, text in source_files(self.root).items():
       if not re.search(r"optax/losses/_[a-z]\w*\.py", file):
         continue
       tree = ast.parse(text)

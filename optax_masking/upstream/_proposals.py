@@ -1,4 +1,4 @@
-"""What an Optax has by itself, and what is still to be given to it."""
+"""The state of a checkout of Optax, and descriptions of pull requests."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,13 @@ import sys
 import tempfile
 import textwrap
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any
 
 import optax_masking
@@ -22,9 +28,9 @@ from optax_masking.testing import CLAUSES
 from optax_masking.upstream import _staging, _wrappers
 from optax_masking.upstream._staging import Checkout, StagingError
 
-# Threads of https://github.com/google-deepmind/optax, with what a masked loss
-# does about them, and for which losses.
-_THREADS: Mapping[int, tuple[str, tuple[str, ...]]] = {
+# Issues of https://github.com/google-deepmind/optax: what a masked loss does
+# about each, and the losses that it is about.
+_GITHUB_ISSUES: Mapping[int, tuple[str, tuple[str, ...]]] = {
   902: (
     "Part of #{}, which asked for `axis` and `where`.",
     (
@@ -58,8 +64,8 @@ _THREADS: Mapping[int, tuple[str, tuple[str, ...]]] = {
   ),
 }
 
-# Runs the audit with the Optax of a folder, which is first in the path.
-_AUDIT = """
+# Audits the Optax of the folder `argv[1]`, which PYTHONPATH names first.
+_AUDIT_SCRIPT = """
 import pathlib, sys
 import optax
 if not pathlib.Path(optax.__file__).resolve().is_relative_to(sys.argv[1]):
@@ -71,13 +77,13 @@ sys.exit(main(sys.argv[2:]))
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What the audit says about one loss.
+  """What the audit finds in one loss.
 
   Attributes:
-    kept: The clauses of the contract that it keeps.
-    broken: Those that it breaks.
-    nan_gradients: Whether a derivative of it is NaN.
-    message: The first finding about a NaN gradient, or else the first.
+    kept: The clauses of the contract that the loss keeps.
+    broken: The clauses that the loss breaks.
+    nan_gradients: Whether a derivative of the loss is NaN.
+    message: The first finding about a NaN gradient, or else the first finding.
   """
 
   kept: tuple[str, ...]
@@ -86,8 +92,8 @@ class Verdict:
   message: str
 
   @classmethod
-  def of(cls, report: Mapping[str, Any]) -> "Verdict":
-    """Reads the report of a loss."""
+  def from_report(cls, report: Mapping[str, Any]) -> "Verdict":
+    """Sums up the JSON report of a loss."""
     clauses = report["clauses"]
     findings = report["findings"]
     nan = [
@@ -104,21 +110,19 @@ class Verdict:
     )
 
   @property
-  def clean(self) -> bool:
-    """Whether nothing was found."""
+  def keeps_contract(self) -> bool:
     return not self.broken
 
   @property
-  def takes(self) -> set[str]:
-    """`where`, if it ran with one."""
-    return set() if "accepts" in self.broken else {"where"}
+  def runs_with_where(self) -> bool:
+    return "accepts" not in self.broken
 
 
 def verdicts(root: pathlib.Path, names: Sequence[str]) -> dict[str, Verdict]:
   """Audits losses of the Optax in a folder, in another process.
 
   Raises:
-    StagingError: If it can't be imported or audited.
+    StagingError: If this Optax can't be imported or audited.
   """
   if not names:
     return {}
@@ -131,111 +135,156 @@ def verdicts(root: pathlib.Path, names: Sequence[str]) -> dict[str, Verdict]:
   }
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder, "audit.json")
-    command = [sys.executable, "-c", _AUDIT, str(root), "audit", "--quick"]
-    command += ["--format", "json", "--output", str(file), "optax"]
+    command = [sys.executable, "-c", _AUDIT_SCRIPT, str(root), "audit"]
+    command += ["--quick", "--format", "json", "--output", str(file), "optax"]
     command += [f"--loss={name}" for name in names]
     done = subprocess.run(command, env=environment, cwd=folder, check=False)
     if done.returncode not in (0, 1) or not file.is_file():
       raise StagingError(f"The Optax in {root} can't be audited (see above).")
     reports = json.loads(file.read_text(encoding="utf-8"))["targets"]["optax"]
-  return {name: Verdict.of(reports[name]) for name in names}
+  return {name: Verdict.from_report(reports[name]) for name in names}
 
 
-def is_fixed(checkout: Checkout, names: Sequence[str]) -> dict[str, bool]:
-  """Which losses keep the mask contract as they are in a checkout."""
+def find_fixed(checkout: Checkout, names: Sequence[str]) -> list[str]:
+  """The losses, of some, that keep the mask contract in a checkout."""
   found = verdicts(checkout.root, names)
-  return {name: verdict.clean for name, verdict in found.items()}
+  return [name for name, verdict in found.items() if verdict.keeps_contract]
 
 
 # The state of a checkout.
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """What a stage would do with each loss of a checkout, in words."""
+
+  to_stage: dict[str, str] = dataclasses.field(default_factory=dict)
+  nothing_to_do: dict[str, str] = dataclasses.field(default_factory=dict)
+  not_understood: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
 def status(checkout: Checkout) -> str:
-  """What each loss of a checkout has, and the pull requests still to make."""
+  """Lists what each loss of a checkout has, and the pull requests to make."""
   present = [n for n in _wrappers.LOSSES if checkout.loss(n) is not None]
   found = verdicts(checkout.root, present)
-
-  def has(name: str) -> set[str]:
-    return checkout.takes(name) | found[name].takes
-
-  to_make: dict[str, str] = {}
-  done: dict[str, str] = {}
-  unknown: dict[str, str] = {}
-  for name in _wrappers.LOSSES:
-    try:
-      staging = _staging.stage(
-        checkout, [name], lambda names: {n: found[n].clean for n in names}
-      )
-    except StagingError as error:
-      of_called = _list(f"{n}: {why}" for n, why in error.reasons.items())
-      why = error.reasons.get(name) or of_called or str(error)
-      unknown[name] = why
-      continue
-    if name in staging.skipped:
-      done[name] = staging.skipped[name]
-      continue
-    module = f"optax/{_wrappers.module_of(name)}.py"
-    (change,) = (c for c in staging.changes if c.file == module)
-    lacks = _list(sorted({"axis", "where"} - has(name)))
-    with_it = _list(n for n in staging.losses if n != name)
-    to_make[name] = f"adds {lacks or 'the contract'}: {change}" + (
-      f", and to {with_it}" if with_it else ""
-    )
-
-  def urgency(name: str) -> int:
-    if found[name].nan_gradients:
-      return 0
-    return 1 if found[name].takes else 2
-
-  both = {"axis", "where"}
+  has = {
+    name: checkout.mask_parameters(name)
+    | ({"where"} if found[name].runs_with_where else set())
+    for name in present
+  }
+  plan = _plan(checkout, found, has)
   counts = {
     "Losses": len(present),
-    "With `axis` and `where`": sum(both <= has(n) for n in present),
-    "Without a finding": sum(found[n].clean for n in present),
+    "With `axis` and `where`": sum(len(has[n]) == 2 for n in present),
+    "Without a finding": sum(found[n].keeps_contract for n in present),
     "Staged": sum(checkout.is_staged(n) for n in present),
   }
   lines = [
-    f"Optax {checkout.version_as_written} in {checkout.root}",
-    " ".join(f"{what}: {number}." for what, number in counts.items()),
+    f"Optax {checkout.optax_version} in {checkout.root}",
+    " ".join(f"{label}: {count}." for label, count in counts.items()),
+    *_pull_requests(plan.to_stage, found, has),
   ]
-  number = 0
-  headings = ("fix NaN gradients", "fix wrong numbers", "add `where`")
-  for rank, heading in enumerate(headings):
-    names = [name for name in to_make if urgency(name) == rank]
-    if names:
-      lines += ["", f"Pull requests that {heading}: {len(names)}"]
-    for name in names:
-      number += 1
-      kept = _list(c for c in found[name].kept if c != "accepts")
-      facts = {
-        "has": _list(sorted(has(name))) or "neither axis nor where",
-        "keeps": kept,
-        "breaks": _list(found[name].broken) if found[name].takes else "",
-        "stage": to_make[name],
-      }
-      lines += [f"{number:3}. {name}"]
-      for label, text in facts.items():
-        lines += _indented(f"     {label:8}", text)
   for heading, reasons in (
-    ("Nothing to make", done),
-    ("Not understood", unknown),
+    ("Nothing to make", plan.nothing_to_do),
+    ("Not understood", plan.not_understood),
   ):
     lines += ["", f"{heading}: {len(reasons)}"] if reasons else []
     for name, why in reasons.items():
       lines += [f"     {name}", *_indented(" " * 13, why)]
-  if to_make:
+  if plan.to_stage:
+    first = min(plan.to_stage, key=lambda name: _urgency(found[name]))
     lines += [
       "",
-      "To make one: optax-masking stage CHECKOUT --loss"
-      f" {min(to_make, key=urgency)}",
-      "To describe it: the same, with --message. The first one that is merged",
-      "brings the module and the tests that the others add to.",
+      f"To make one: optax-masking stage CHECKOUT --loss {first}",
+      "To describe it: the same command with --message. The first pull request",
+      "brings the module and the tests that later ones add to.",
     ]
   return "\n".join(lines) + "\n"
 
 
-def _list(names: Iterable[str]) -> str:
-  return ", ".join(names)
+def _plan(
+  checkout: Checkout,
+  found: Mapping[str, Verdict],
+  has: Mapping[str, Collection[str]],
+) -> _Plan:
+  """Tries to stage each loss of a checkout.
+
+  Args:
+    checkout: The checkout.
+    found: The verdicts on its losses.
+    has: Which of `axis` and `where` each loss has.
+  """
+  plan = _Plan()
+  for name in _wrappers.LOSSES:
+    try:
+      staging = _staging.stage(
+        checkout,
+        [name],
+        lambda names: [n for n in names if found[n].keeps_contract],
+      )
+    except StagingError as error:
+      called = _comma_separated(
+        f"{n}: {why}" for n, why in error.reasons.items()
+      )
+      plan.not_understood[name] = (
+        error.reasons.get(name) or called or str(error)
+      )
+      continue
+    if name in staging.skipped:
+      plan.nothing_to_do[name] = staging.skipped[name]
+      continue
+    module = f"optax/{_wrappers.module_of(name)}.py"
+    (change,) = (c for c in staging.changes if c.file == module)
+    added = _comma_separated(sorted({"axis", "where"} - {*has[name]}))
+    others = _comma_separated(n for n in staging.losses if n != name)
+    plan.to_stage[name] = f"adds {added or 'the contract'}: {change}" + (
+      f", and to {others}" if others else ""
+    )
+  return plan
+
+
+def _urgency(verdict: Verdict) -> int:
+  """The index of the heading of `_pull_requests` for a loss."""
+  if verdict.nan_gradients:
+    return 0
+  return 1 if verdict.runs_with_where else 2
+
+
+def _pull_requests(
+  to_stage: Mapping[str, str],
+  found: Mapping[str, Verdict],
+  has: Mapping[str, Collection[str]],
+) -> Iterator[str]:
+  """Lists pull requests, those that fix NaN gradients first.
+
+  Args:
+    to_stage: What a stage does with each of the losses to list.
+    found: The verdicts on the losses.
+    has: Which of `axis` and `where` each loss has.
+  """
+  number = 0
+  headings = ("fix NaN gradients", "fix wrong numbers", "add `where`")
+  for urgency, heading in enumerate(headings):
+    names = [name for name in to_stage if _urgency(found[name]) == urgency]
+    if names:
+      yield from ("", f"Pull requests that {heading}: {len(names)}")
+    for name in names:
+      number += 1
+      verdict = found[name]
+      broken = verdict.broken if verdict.runs_with_where else ()
+      facts = {
+        "has": _comma_separated(sorted(has[name])) or "neither axis nor where",
+        "keeps": _comma_separated(c for c in verdict.kept if c != "accepts"),
+        "breaks": _comma_separated(broken),
+        "stage": to_stage[name],
+      }
+      yield f"{number:3}. {name}"
+      for label, text in facts.items():
+        yield from _indented(f"     {label:8}", text)
+
+
+def _comma_separated(texts: Iterable[str]) -> str:
+  return ", ".join(texts)
 
 
 def _indented(label: str, text: str) -> list[str]:
@@ -248,19 +297,22 @@ def _indented(label: str, text: str) -> list[str]:
 
 
 def message(checkout: Checkout, names: Sequence[str], base: str) -> str:
-  """The description of a pull request, with the audit before and after it.
+  """Describes a pull request, with an audit before it and one after it.
 
-  Losses that are staged in the checkout are described as they are there, and
-  compared with a commit, the base.
+  Args:
+    checkout: The checkout. It stays as it is.
+    names: The losses. Those that are staged already are described as they are
+      in the checkout; the message describes the others as a stage makes them.
+    base: The commit without the losses that are staged already.
   """
   names = names or _wrappers.LOSSES
   with contextlib.ExitStack() as stack:
     staging = _staging.stage(
-      checkout, names, functools.partial(is_fixed, checkout)
+      checkout, names, functools.partial(find_fixed, checkout)
     )
     staged = [
       name
-      for name in _wrappers.with_called(names)
+      for name in _wrappers.with_called_losses(names)
       if checkout.is_staged(name) and name not in _wrappers.ALIASES
     ]
     losses = sorted({*staging.losses, *staged})
@@ -271,7 +323,7 @@ def message(checkout: Checkout, names: Sequence[str], base: str) -> str:
       )
     before = after = checkout
     if staged:
-      before = stack.enter_context(_committed(checkout, staged, base))
+      before = stack.enter_context(_checkout_of_commit(checkout, staged, base))
     if staging.losses:
       root = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
       ignored = shutil.ignore_patterns("__pycache__")
@@ -282,39 +334,40 @@ def message(checkout: Checkout, names: Sequence[str], base: str) -> str:
 
 
 @contextlib.contextmanager
-def _committed(
+def _checkout_of_commit(
   checkout: Checkout, staged: Sequence[str], base: str
 ) -> Iterator[Checkout]:
-  """A commit of a checkout, in a folder of its own."""
+  """Extracts the commit `base`, without the staged losses, to a folder."""
+  names = _comma_separated(staged)
   git = ["git", "-C", str(checkout.root), "archive", "--format=zip", base]
   try:
     done = subprocess.run([*git, "optax"], capture_output=True, check=True)
   except (OSError, subprocess.CalledProcessError) as error:
-    told = getattr(error, "stderr", None) or str(error).encode()
+    git_error = getattr(error, "stderr", None) or str(error).encode()
     raise StagingError(
-      f"{_list(staged)}: staged already, and what was before can't be had from"
-      f" git in {checkout.root}: {told.decode().strip()}"
+      f"{names}: staged already, and git can't read the commit {base} of"
+      f" {checkout.root}: {git_error.decode().strip()}"
     ) from None
   with tempfile.TemporaryDirectory() as folder:
     with zipfile.ZipFile(io.BytesIO(done.stdout)) as archive:
       archive.extractall(folder)
     found = Checkout.at(folder)
-    still = [name for name in staged if found.is_staged(name)]
-    if still:
+    names = _comma_separated(name for name in staged if found.is_staged(name))
+    if names:
       raise StagingError(
-        f"{_list(still)}: staged already in {base} of {checkout.root}. Name a"
-        " commit before it with --base."
+        f"{names}: staged already in {base} of {checkout.root}. Name a commit"
+        " before it with --base."
       )
     yield found
 
 
-# What a mask means otherwise than before, for those that had one.
-_LOWER_RANK = (
+# Changes for losses that had a `where` before.
+_LOWER_RANK_CHANGE = (
   "A `where` of lower rank has one entry an example. A mask that NumPy would"
   " broadcast from the last axis, such as one of shape `[C]` for data of shape"
   " `[B, C]`, is an error, which names the index to write."
 )
-_MEANINGS: Mapping[str, str] = {
+_CHANGED_BEHAVIOR: Mapping[str, str] = {
   "cosine_distance": (
     "A vector with nothing included has distance 0, and not 1."
   ),
@@ -330,123 +383,159 @@ _MEANINGS: Mapping[str, str] = {
 def _description(
   before: Checkout, after: Checkout, names: Sequence[str]
 ) -> str:
-  """A title, and a text in Markdown."""
-  were, are = verdicts(before.root, names), verdicts(after.root, names)
-  added = {name: after.takes(name) - before.takes(name) for name in names}
-  for name in names:
-    if ROWS[name].makes_loss:
-      added[name] = {"axis", "where"}
-  old = [name for name in names if "where" not in added[name]]
-  new_arguments = sorted(set().union(*added.values()))
-  arguments = " and ".join(f"`{argument}`" for argument in new_arguments)
-  what = (
-    f"Add {arguments.replace('`', '')} to"
+  """The title and, in Markdown, the text of a pull request."""
+  added = {
+    name: {"axis", "where"}
+    if ROWS[name].makes_loss
+    else after.mask_parameters(name) - before.mask_parameters(name)
+    for name in names
+  }
+  had_where = [name for name in names if "where" not in added[name]]
+  arguments = sorted(set().union(*added.values()))
+  title = (
+    f"Add {' and '.join(arguments)} to"
     if arguments
-    else "Keep what is masked out of the derivatives of"
+    else "Keep masked elements out of the derivatives of"
   )
-  title = f"{what} {' and '.join(names) if len(names) < 4 else 'losses'}"
-  each = "the loss is" if len(names) == 1 else "the losses are"
+  title += f" {' and '.join(names) if len(names) < 4 else 'losses'}"
+  subject = "the loss is" if len(names) == 1 else "the losses are"
   paragraphs = [
-    "`where` tells which elements count. What the others hold, be it the NaN"
-    " or the garbage of padding, changes no value and no derivative. Their own"
-    " gradient is exactly 0, and where nothing is included so is the result. To"
-    " select from the result of an unmasked loss is not enough: in the backward"
-    " pass `0 * nan` is NaN.",
-    "`axis` means what it does in `jnp.sum`. `where` is boolean, and has the"
+    title,
+    "`where` selects the elements that count. The other elements, be they the"
+    " NaN or the garbage of padding, change no value and no derivative. Their"
+    " own gradient is exactly 0, and so is the result where nothing is"
+    " included. A select from the result of an unmasked loss is not enough: in"
+    " the backward pass `0 * nan` is NaN.",
+    "`axis` means the same as in `jnp.sum`. `where` is boolean, and has the"
     " rank of the data, or that rank less `axis`: one entry an example. Without"
-    f" them {each} the same program as before: the jaxprs are equal.",
+    f" both {subject} the same program as before: the jaxprs are equal.",
   ]
-  if arguments and old:
+  if arguments and had_where:
     paragraphs.append(
       "\n".join(
-        f"- {_quoted([name])} gets"
-        f" {_quoted(sorted(added[name])) or 'no new argument'}."
+        f"- {_code_list([name])} gets"
+        f" {_code_list(sorted(added[name])) or 'no new argument'}."
         for name in names
       )
     )
-  meanings = [f"- `{n}`: {_MEANINGS[n]}" for n in names if n in _MEANINGS]
-  refusing = [name for name in old if _wrappers.refuses_ambiguous_where(name)]
-  if refusing:
-    meanings.append(f"- {_quoted(refusing)}: {_LOWER_RANK}")
-  if meanings:
-    paragraphs += ["## Behavior that changes, with a mask", "\n".join(meanings)]
-  paragraphs += [
-    "## Before and after",
-    "What `optax-masking audit --quick` finds, of the package optax_masking"
-    f" {optax_masking.__version__}: it tries many masks, with NaN, infinities"
-    " and the largest numbers in what they mask, in float32, of values and"
-    " reverse-mode gradients.",
-    _table(were, are),
-  ]
-  broken = {c for v in (*were.values(), *are.values()) for c in v.broken}
-  key = [f"- {c}: {CLAUSES[c]}" for c in CLAUSES if c in broken - {"accepts"}]
-  if key:
-    paragraphs.append("\n".join(key))
-  examples = [f"- `{n}`: {were[n].message}" for n in names if were[n].takes]
-  if examples:
-    paragraphs += ["For example, before:", "\n".join(examples)]
-  threads = [
+  paragraphs += _behavior_section(names, had_where)
+  paragraphs += _audit_section(
+    verdicts(before.root, names), verdicts(after.root, names)
+  )
+  issues = [
     f"- {text.format(number)}"
-    for number, (text, losses) in _THREADS.items()
+    for number, (text, losses) in _GITHUB_ISSUES.items()
     if {*names} & {*losses}
   ]
-  if threads:
-    paragraphs += ["## Issues", "\n".join(threads)]
-  paragraphs += ["## How", *_how(before, after, names)]
-  return "\n\n".join([title, *paragraphs]) + "\n"
+  if issues:
+    paragraphs += ["## Issues", "\n".join(issues)]
+  paragraphs += ["## How", *_file_section(before, after, names)]
+  return "\n\n".join(paragraphs) + "\n"
 
 
-def _how(
+def _behavior_section(
+  names: Sequence[str], had_where: Sequence[str]
+) -> list[str]:
+  """The results that change for code that has a mask already.
+
+  Args:
+    names: The losses.
+    had_where: Those that had a `where` before.
+  """
+  lines = [
+    f"- `{n}`: {_CHANGED_BEHAVIOR[n]}" for n in names if n in _CHANGED_BEHAVIOR
+  ]
+  refusing = [n for n in had_where if _wrappers.refuses_ambiguous_where(n)]
+  if refusing:
+    lines.append(f"- {_code_list(refusing)}: {_LOWER_RANK_CHANGE}")
+  if not lines:
+    return []
+  return ["## Behavior that changes, with a mask", "\n".join(lines)]
+
+
+def _audit_section(
+  before: Mapping[str, Verdict], after: Mapping[str, Verdict]
+) -> Iterator[str]:
+  """The verdicts before and after, with an example of each loss."""
+  yield "## Before and after"
+  yield (
+    "The findings of `optax-masking audit --quick`, of the package"
+    f" optax_masking {optax_masking.__version__}. The audit tries many masks,"
+    " with NaN, infinities and the largest numbers in the masked elements, in"
+    " float32, and checks values and reverse-mode gradients."
+  )
+  rows = [
+    f"| `{name}` | {_verdict_text(verdict)} | {_verdict_text(after[name])} |"
+    for name, verdict in before.items()
+  ]
+  yield "\n".join(["| loss | before | after |", "|---|---|---|", *rows])
+  broken = {c for v in (*before.values(), *after.values()) for c in v.broken}
+  legend = [
+    f"- {c}: {CLAUSES[c]}" for c in CLAUSES if c in broken - {"accepts"}
+  ]
+  if legend:
+    yield "\n".join(legend)
+  examples = [
+    f"- `{name}`: {verdict.message}"
+    for name, verdict in before.items()
+    if verdict.runs_with_where
+  ]
+  if examples:
+    yield "For example, before:"
+    yield "\n".join(examples)
+
+
+def _file_section(
   before: Checkout, after: Checkout, names: Sequence[str]
 ) -> Iterator[str]:
-  """What was done to the files."""
+  """How the files change."""
   if before.text("losses/_masking"):
-    yield "`optax/losses/_masking.py` has the decorator, and why it works."
+    yield (
+      "The decorator is in `optax/losses/_masking.py`, which says why it works."
+    )
   else:
     yield (
       "A decorator replaces masked elements by numbers that add nothing to the"
-      " loss, before anything is computed. It is in a new private module,"
-      " `optax/losses/_masking.py`, which says why this works. It is larger"
-      " than one loss needs: it is what other losses with masks are to share."
-      " Calls outside of `jit` are compiled, or a mask would cost them some"
-      " more operations."
+      " loss, before the loss computes anything. It is in a new private module,"
+      " `optax/losses/_masking.py`, which says why this works. The module is"
+      " larger than one loss needs, since all losses with masks are to share"
+      " it. Calls outside of `jit` are compiled: otherwise a mask would cost"
+      " some more operations."
     )
   yield (
-    "`optax/losses/_masking_test.py` tests each loss: with garbage in what is"
-    " masked, against the data without it, with nothing and with everything"
+    "`optax/losses/_masking_test.py` tests each loss: with garbage in masked"
+    " elements, against the data without them, with nothing and with everything"
     " included, other axes, other ranks of masks, and second derivatives."
   )
-  renamed = [n for n in names if f"def _unmasked_{n}(" in after.source_of(n)]
+  renamed = [
+    name
+    for name in names
+    if f"def _unmasked_{name}(" in after.text(_wrappers.module_of(name))
+  ]
   if renamed:
     yield (
-      "The bodies of these go on as private functions of another name, which"
-      " the new bodies call:\n\n"
+      "The old bodies of these losses become private functions, which the new"
+      " bodies call:\n\n"
       + "\n".join(f"- `{name}`: `_unmasked_{name}`" for name in renamed)
     )
-  unreached = [name for name in renamed if "where" in before.takes(name)]
+  unreached = [
+    name for name in renamed if "where" in before.mask_parameters(name)
+  ]
   if unreached:
     yield (
-      f"Their code for a mask is not reached any more: in {_quoted(unreached)}."
-      " It is left here, for the change to be easy to read."
+      f"The old bodies of {_code_list(unreached)} have code for a mask that is"
+      " now unused. It stays here, so that the change is easy to read."
     )
 
 
-def _quoted(names: Iterable[str]) -> str:
-  return _list(f"`{name}`" for name in names)
+def _code_list(names: Iterable[str]) -> str:
+  return _comma_separated(f"`{name}`" for name in names)
 
 
-def _table(before: Mapping[str, Verdict], after: Mapping[str, Verdict]) -> str:
-  rows = [
-    f"| `{name}` | {_in_words(before[name])} | {_in_words(after[name])} |"
-    for name in before
-  ]
-  return "\n".join(["| loss | before | after |", "|---|---|---|", *rows])
-
-
-def _in_words(verdict: Verdict) -> str:
-  if not verdict.takes:
+def _verdict_text(verdict: Verdict) -> str:
+  if not verdict.runs_with_where:
     return "takes no `where`"
-  if verdict.clean:
+  if verdict.keeps_contract:
     return "no finding"
   nan = "NaN gradients; " if verdict.nan_gradients else ""
-  return f"{nan}breaks {_list(verdict.broken)}"
+  return f"{nan}breaks {_comma_separated(verdict.broken)}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A module as text, and what it consists of."""
+  """The text of a module, and its functions, imports and lines."""
 
   text: str
 
@@ -21,7 +21,7 @@ class Module:
 
   @functools.cached_property
   def lines(self) -> list[str]:
-    return lines_of(self.text)
+    return split_lines(self.text)
 
   @functools.cached_property
   def functions(self) -> dict[str, ast.FunctionDef]:
@@ -29,7 +29,7 @@ class Module:
 
   @functools.cached_property
   def imports(self) -> dict[str, str]:
-    """Each imported name, and the statement that imports it alone."""
+    """Each imported name, with a statement that imports this name alone."""
     found: dict[str, str] = {}
     for node in self.tree.body:
       if isinstance(node, ast.Import | ast.ImportFrom):
@@ -43,8 +43,8 @@ class Module:
           found.setdefault(name, ast.unparse(one))
     return found
 
-  def start(self, node: ast.stmt) -> int:
-    """The line at which a statement begins, with its comment and decorators."""
+  def start_line(self, node: ast.stmt) -> int:
+    """The index of the first line of a statement's comment or decorators."""
     decorators = getattr(node, "decorator_list", [])
     line = min(n.lineno for n in (node, *decorators)) - 1
     while line and self.lines[line - 1].startswith("#"):
@@ -52,16 +52,16 @@ class Module:
     return line
 
   def source(self, node: ast.stmt) -> str:
-    return "".join(self.lines[self.start(node) : node.end_lineno])
+    return "".join(self.lines[self.start_line(node) : node.end_lineno])
 
 
-def lines_of(text: str) -> list[str]:
-  """Lines as Python and git count them: they end with a newline."""
+def split_lines(text: str) -> list[str]:
+  """Splits a text at newlines alone, as Python and git count lines."""
   return re.findall(r"[^\n]*\n|[^\n]+\Z", text)
 
 
-def end_of(node: ast.AST) -> int:
-  """The number of lines up to the end of a node."""
+def end_line(node: ast.AST) -> int:
+  """The number of the last line of a node, 0 if it has none."""
   return getattr(node, "end_lineno", None) or 0
 
 
@@ -71,8 +71,8 @@ def names_in(*nodes: ast.AST) -> set[str]:
   }
 
 
-def defined_by(node: ast.stmt) -> set[str]:
-  """What a statement at the top of a module defines."""
+def names_defined_by(node: ast.stmt) -> set[str]:
+  """The names that a statement at the top of a module defines."""
   if isinstance(node, ast.FunctionDef | ast.ClassDef):
     return {node.name}
   if isinstance(node, ast.Assign):
@@ -80,22 +80,26 @@ def defined_by(node: ast.stmt) -> set[str]:
   return set()
 
 
-def needed(
+def definitions_needed(
   statements: Sequence[ast.stmt], names: Iterable[str]
 ) -> list[ast.stmt]:
-  """The statements that define names, and what these use, in their order."""
+  """The statements that define names and, recursively, all that they use.
+
+  The statements keep their order. A derivative rule, `@f.defjvp def _`, comes
+  with its function `f`.
+  """
   by_name: dict[str, list[ast.stmt]] = {}
   for node in statements:
-    for name in defined_by(node):
-      if name == "_":  # A rule, which comes with what it is a rule of.
+    for name in names_defined_by(node):
+      if name == "_":
         assert isinstance(node, ast.FunctionDef)
-        (rule,) = (
+        (defjvp,) = (
           n
           for decorator in node.decorator_list
           for n in ast.walk(decorator)
           if isinstance(n, ast.Attribute) and n.attr == "defjvp"
         )
-        name = ast.unparse(rule.value)
+        name = ast.unparse(defjvp.value)
       by_name.setdefault(name, []).append(node)
   found: set[ast.stmt] = set()
   todo = list(names)
@@ -107,8 +111,8 @@ def needed(
   return [node for node in statements if node in found]
 
 
-def hanging(text: str) -> str:
-  """Indents what is inside of brackets by 4 spaces, as Optax does, not by 2."""
+def indent_like_optax(text: str) -> str:
+  """Indents lines inside of brackets by 4 spaces, as Optax does, not by 2."""
   depths: dict[int, int] = {}
   depth = 0
   ignored = (tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.NEWLINE)
@@ -118,22 +122,25 @@ def hanging(text: str) -> str:
     if token.type not in ignored:
       depths.setdefault(line, depth - (bracket in (")", "]", "}")))
       for inside in range(line + 1, token.end[0] + 1):
-        depths.setdefault(inside, 0)  # Of a string.
+        depths.setdefault(inside, 0)  # The lines of a string stay as they are.
     depth += (bracket in ("(", "[", "{")) - (bracket in (")", "]", "}"))
   return "".join(
     "  " * depths.get(number, 0) + line
-    for number, line in enumerate(lines_of(text), 1)
+    for number, line in enumerate(split_lines(text), 1)
   )
 
 
-def joined(blocks: Sequence[tuple[ast.stmt, str]]) -> str:
-  """Statements, with two empty lines around functions and classes."""
+def join_statements(blocks: Sequence[tuple[ast.stmt, str]]) -> str:
+  """Joins statements, with two empty lines around functions and classes.
+
+  Args:
+    blocks: Statements, each with its source.
+  """
   text = ""
   before: ast.stmt | None = None
   for node, source in blocks:
     if before is not None:
-      small = isinstance(before, ast.Assign) and isinstance(node, ast.Assign)
-      if not small:
+      if not (isinstance(before, ast.Assign) and isinstance(node, ast.Assign)):
         text += "\n\n"
       elif source.startswith("#"):
         text += "\n"
@@ -142,26 +149,25 @@ def joined(blocks: Sequence[tuple[ast.stmt, str]]) -> str:
   return text
 
 
-def joined_imports(statements: Iterable[str]) -> str:
-  """Import statements in their order, those from one module as one."""
+def join_imports(statements: Iterable[str]) -> str:
+  """Sorts imports, and imports names of one module in one statement."""
   names: dict[str, set[str]] = {}
-  lines: dict[str, str] = {}  # By module.
+  by_module: dict[str, str] = {}
   for statement in statements:
     words = statement.split()
+    module = words[1]
     if words[0] == "from":
-      names.setdefault(words[1], set()).add(" ".join(words[3:]))
-      joined = ", ".join(sorted(names[words[1]]))
-      lines[words[1]] = f"from {words[1]} import {joined}"
-    else:
-      lines[words[1]] = statement
+      names.setdefault(module, set()).add(" ".join(words[3:]))
+      statement = f"from {module} import {', '.join(sorted(names[module]))}"
+    by_module[module] = statement
   groups: list[list[str]] = [[], []]
-  for module in sorted(lines):
-    groups[is_third_party(lines[module])].append(lines[module])
+  for module in sorted(by_module):
+    groups[is_third_party(by_module[module])].append(by_module[module])
   return "\n\n".join("\n".join(group) for group in groups if group) + "\n"
 
 
-def sort_key(statement: str) -> list[str]:
-  """The module, and what is imported from it."""
+def import_sort_key(statement: str) -> list[str]:
+  """The module of an import statement and the imported name, for sorting."""
   return statement.split()[1::2]
 
 
@@ -170,55 +176,59 @@ def is_third_party(statement: str) -> bool:
   return root in ("absl", "jax", "numpy", "optax")
 
 
-def parameters(node: ast.FunctionDef) -> dict[str, ast.expr | None]:
-  """The parameters of a function, and their defaults."""
-  a = node.args
-  positional = [*a.posonlyargs, *a.args]
-  missing = [None] * (len(positional) - len(a.defaults))
-  named = [*positional, *a.kwonlyargs]
-  defaults = [*missing, *a.defaults, *a.kw_defaults]
-  return {x.arg: d for x, d in zip(named, defaults, strict=True)}
+def parameter_defaults(node: ast.FunctionDef) -> dict[str, ast.expr | None]:
+  """The parameters of a function, each with its default or None."""
+  args = node.args
+  positional = [*args.posonlyargs, *args.args]
+  required = [None] * (len(positional) - len(args.defaults))
+  defaults = [*required, *args.defaults, *args.kw_defaults]
+  parameters = [*positional, *args.kwonlyargs]
+  return {p.arg: d for p, d in zip(parameters, defaults, strict=True)}
 
 
 @dataclasses.dataclass
 class Edit:
-  """Text to insert before a line, in the place of some of them or of none."""
+  """Text for the lines from `line` to `end`; without an `end`, an insertion."""
 
   line: int
   text: str
   end: int | None = None
 
 
-def edited(module: Module, edits: Sequence[Edit]) -> str:
-  """A module after edits; those of one line in their order."""
+def apply_edits(module: Module, edits: Sequence[Edit]) -> str:
+  """The text of a module after edits.
+
+  Edits that begin at the same line are applied in their order.
+  """
   lines = list(module.lines)
   for edit in sorted(reversed(edits), key=lambda e: e.line, reverse=True):
     lines[edit.line : edit.line if edit.end is None else edit.end] = [edit.text]
   return "".join(lines)
 
 
-def with_imports(module: Module, statements: Iterable[str]) -> str:
-  """A module that imports more, each where the order has it."""
+def add_imports(module: Module, statements: Iterable[str]) -> str:
+  """The text of a module with more imports, each at its place in the order."""
   edits: dict[int, str] = {}
-  present = [
+  imports = [
     node
     for node in module.tree.body
     if isinstance(node, ast.Import | ast.ImportFrom)
   ]
-  for statement in sorted(statements, key=sort_key):
+  for statement in sorted(statements, key=import_sort_key):
     group = [
       node
-      for node in present
+      for node in imports
       if is_third_party(ast.unparse(node)) == is_third_party(statement)
     ]
-    before = [
-      n for n in group if sort_key(ast.unparse(n)) <= sort_key(statement)
-    ]
+    key = import_sort_key(statement)
+    before = [n for n in group if import_sort_key(ast.unparse(n)) <= key]
     line = 0
-    if present:
-      line = end_of(before[-1]) if before else (group or present)[0].lineno - 1
+    if before:
+      line = end_line(before[-1])
+    elif imports:
+      line = (group or imports)[0].lineno - 1
     elif ast.get_docstring(module.tree) is not None:
-      line = end_of(module.tree.body[0])
+      line = end_line(module.tree.body[0])
     gap = "" if group else "\n"
     edits[line] = edits.get(line, "") + f"{statement}\n{gap}"
-  return edited(module, [Edit(line, text) for line, text in edits.items()])
+  return apply_edits(module, [Edit(line, text) for line, text in edits.items()])

@@ -1,13 +1,13 @@
 """Puts masked losses into a checkout of Optax, as a change to its source.
 
-A loss keeps its text. Inserted are a decorator, `axis` and `where` in its
-signature and its docstring and, where a wrapper of this package does more than
-call the loss, the wrapper's body, behind which the old one goes on as a
-function `_unmasked_<loss>`. The engine becomes one new private module, as far
-as it is needed, and has tests beside it.
+A loss keeps its text. A stage inserts a decorator, and `axis` and `where` in
+the signature and the docstring. Where a wrapper of this package does more than
+call the loss, the wrapper's body replaces the loss's body, which stays as the
+body of a function `_unmasked_<loss>`. The parts of the engine that the losses
+need become one new private module, with a module of tests beside it.
 
-Nothing of Optax is written here. What is inserted is the source of this
-package, and the rest is read from the checkout.
+This module has no text of Optax: it inserts the source of this package, and
+reads the rest from the checkout.
 """
 
 import ast
@@ -18,48 +18,55 @@ import hashlib
 import pathlib
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 
 from optax_masking._output import CommandError
 from optax_masking.upstream._source import (
   Edit,
   Module,
-  defined_by,
-  edited,
-  end_of,
-  lines_of,
+  add_imports,
+  apply_edits,
+  definitions_needed,
+  end_line,
+  names_defined_by,
   names_in,
-  needed,
-  parameters,
-  with_imports,
+  parameter_defaults,
+  split_lines,
 )
 from optax_masking.upstream._wrappers import (
   ALIASES,
   ENGINE,
-  KNOWN,
+  FINGERPRINTS,
   LOSSES,
   TESTS,
-  engine_text,
-  fills_only,
-  is_a_call,
+  engine_module_text,
+  has_constant_fills,
+  module_for_optax,
   module_of,
-  own,
-  places,
+  modules_by_loss,
+  only_calls_original,
+  package_module,
   refuses_ambiguous_where,
-  tests_text,
-  translated,
-  with_called,
+  test_module_text,
+  with_called_losses,
   wrapper_of,
 )
 
-_YEAR = 2026  # Of the license of new files.
+_COPYRIGHT_YEAR = 2026  # Of new files.
 
 
 class StagingError(CommandError):
-  """A checkout, or a loss in it, that is not understood.
+  """A checkout, or a loss in it, has a form that a stage does not know.
 
   Attributes:
-    reasons: Which losses are not, each with the reason.
+    reasons: The losses that can't be staged, each with the reason.
   """
 
   def __init__(self, message: str, reasons: Mapping[str, str] | None = None):
@@ -67,22 +74,23 @@ class StagingError(CommandError):
     self.reasons = reasons or {}
 
 
-# One loss.
+# The text of one loss.
 
 
 def fingerprint(module: Module, name: str) -> str:
-  """Of a loss, and of the functions of its module that it calls but for losses.
+  """A hash of the code of a loss and of the helpers that it calls.
 
-  It does not depend on documentation, nor on types.
+  Helpers are functions of the same module that are no losses. The hash depends
+  neither on docstrings nor on types.
   """
   loss = module.functions[name]
   others = [f for n, f in module.functions.items() if n not in LOSSES]
   text = ""
-  for node in (loss, *needed(others, names_in(loss))):
+  for node in (loss, *definitions_needed(others, names_in(loss))):
     (bare,) = ast.parse(ast.unparse(node)).body
     assert isinstance(bare, ast.FunctionDef)
-    a = bare.args
-    for parameter in (*a.posonlyargs, *a.args, *a.kwonlyargs):
+    args = bare.args
+    for parameter in (*args.posonlyargs, *args.args, *args.kwonlyargs):
       parameter.annotation = None
     bare.returns = None
     if ast.get_docstring(bare) is not None:
@@ -91,127 +99,169 @@ def fingerprint(module: Module, name: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _staged(module: Module, name: str, version: str) -> str:
+def _insert_mask(module: Module, name: str, release_version: str) -> str:
   """The text of a module of Optax with one of its losses masked."""
   loss = module.functions[name]
-  has = parameters(loss)
-  added = [a for a in parameters(wrapper_of(name)) if a not in has]
-  in_place = is_a_call(name) and ("where" not in has or fills_only(name))
-  ours = translated(name, in_place)
-  wrapper = ours.functions[name]
+  present = parameter_defaults(loss)
+  added = [a for a in parameter_defaults(wrapper_of(name)) if a not in present]
+  keeps_body = only_calls_original(name) and (
+    "where" not in present or has_constant_fills(name)
+  )
+  wrapper_module = module_for_optax(name, keeps_body)
+  wrapper = wrapper_module.functions[name]
   docstring, *body = wrapper.body
   inserted: list[ast.AST] = list(wrapper.decorator_list)
-  inserted += [] if in_place else body
-  helpers = _helpers(ours, inserted)
+  inserted += [] if keeps_body else body
+  helpers = _helpers_used_by(wrapper_module, inserted)
   inserted += helpers
 
-  edits = _docstring_edits(module, loss, wrapper, added, version)
+  edits = _docstring_edits(module, loss, wrapper, added, release_version)
   if added:
     edits.append(_signature_edit(module, loss, wrapper, added))
-  if not in_place:
-    code = "".join(ours.lines[end_of(docstring) : end_of(wrapper)])
+  if not keeps_body:
+    code = "".join(
+      wrapper_module.lines[end_line(docstring) : end_line(wrapper)]
+    )
     edits.append(_body_edit(module, loss, code, names_in(*inserted)))
-  for node in helpers:
-    (helper,) = defined_by(node)
-    present = module.functions.get(helper)
-    if present is None:
-      source = ours.source(node).rstrip("\n")
-      line = _line_of_helper(module, ours, node)
-      edits.append(Edit(line, f"{source}\n\n\n"))
-    elif not any(
-      node in _helpers(ours, [ours.functions[other]])
-      for other in _masked_in(module)
-    ):  # If not, it came with another.
-      raise StagingError(
-        f"{name}: its wrapper needs a function {helper}, and another one has"
-        " that name. Nothing was changed."
-      )
-  decorators = ours.lines[ours.start(wrapper) : wrapper.lineno - 1]
-  edits.append(Edit(module.start(loss), "".join(decorators)))
-
-  siblings = {place.rpartition("/")[2] for place in places().values()}
-  imports = {
-    **own(module_of(name)).imports,
-    **{n: f"from optax.losses import {n}" for n in (ENGINE, *siblings)},
-  }
-  wanted = imports.keys() & (names_in(*inserted) | {ENGINE})
-  for imported in wanted & module.imports.keys():
-    if module.imports[imported] != imports[imported]:
-      raise StagingError(
-        f"{name}: its wrapper needs `{imports[imported]}`, and there is"
-        f" `{module.imports[imported]}`. Nothing was changed."
-      )
-  return with_imports(
-    Module(edited(module, edits)),
-    [imports[imported] for imported in wanted - module.imports.keys()],
+  edits += _helper_edits(module, name, wrapper_module, helpers)
+  decorators = wrapper_module.lines[
+    wrapper_module.start_line(wrapper) : wrapper.lineno - 1
+  ]
+  edits.append(Edit(module.start_line(loss), "".join(decorators)))
+  return add_imports(
+    Module(apply_edits(module, edits)),
+    _imports_to_add(module, name, names_in(*inserted) | {ENGINE}),
   )
 
 
-def _masked_in(module: Module) -> list[str]:
-  """The losses of a module that are staged."""
+def _helper_edits(
+  module: Module, name: str, wrapper_module: Module, helpers: Sequence[ast.stmt]
+) -> Iterator[Edit]:
+  """Inserts the helpers of a wrapper that did not come with another loss."""
+  for node in helpers:
+    (helper,) = names_defined_by(node)
+    if helper not in module.functions:
+      source = wrapper_module.source(node).rstrip("\n")
+      line = _line_of_helper(module, wrapper_module, node)
+      yield Edit(line, f"{source}\n\n\n")
+    elif not any(
+      node
+      in _helpers_used_by(wrapper_module, [wrapper_module.functions[other]])
+      for other in _staged_losses_in(module)
+    ):
+      raise StagingError(
+        f"{name}: its wrapper needs a function {helper}, but another function"
+        " has this name. Nothing was changed."
+      )
+
+
+def _imports_to_add(
+  module: Module, name: str, used: Collection[str]
+) -> list[str]:
+  """Import statements for the names that a wrapper uses and a module lacks."""
+  siblings = {path.rpartition("/")[2] for path in modules_by_loss().values()}
+  imports = {
+    **package_module(module_of(name)).imports,
+    **{n: f"from optax.losses import {n}" for n in (ENGINE, *siblings)},
+  }
+  needed = imports.keys() & used
+  for imported in needed & module.imports.keys():
+    if module.imports[imported] != imports[imported]:
+      raise StagingError(
+        f"{name}: its wrapper needs `{imports[imported]}`, but the module has"
+        f" `{module.imports[imported]}`. Nothing was changed."
+      )
+  return [imports[imported] for imported in needed - module.imports.keys()]
+
+
+def _staged_losses_in(module: Module) -> list[str]:
   return [n for n in module.functions if n in LOSSES and _is_masked(module, n)]
 
 
 def _is_masked(module: Module, name: str) -> bool:
-  """Whether a loss has the decorator of its wrapper, or else its parameters."""
+  """Whether a loss of a module of Optax is staged already.
+
+  A staged loss has an unmasked twin, the decorator of its wrapper or, if the
+  wrapper has no decorator, annotations from the engine.
+  """
   if f"_unmasked_{name}" in module.functions:
     return True
   loss = module.functions[name]
-  marks = (
+  nodes = (
     loss.decorator_list if wrapper_of(name).decorator_list else [loss.args]
   )
-  return any(f"{ENGINE}." in ast.unparse(node) for node in marks)
+  return any(f"{ENGINE}." in ast.unparse(node) for node in nodes)
 
 
-def _checked(module: Module, name: str, version: str) -> Module:
-  """A module with one loss masked, if its text is understood."""
+def _module_with_mask(
+  module: Module, name: str, release_version: str
+) -> Module:
+  """A module with one of its losses masked.
+
+  Raises:
+    StagingError: If a function would be lost or a parameter would be missing,
+      so that the text of the loss was not understood.
+  """
   try:
-    staged = Module(_staged(module, name, version))
-    # All that it had, once, and what a mask needs.
-    new = [n.name for n in staged.tree.body if isinstance(n, ast.FunctionDef)]
-    takes = parameters(wrapper_of(name)).keys()
-    if all(new.count(n) == 1 for n in module.functions) and (
-      takes <= parameters(staged.functions[name]).keys()
+    staged = Module(_insert_mask(module, name, release_version))
+    names = [n.name for n in staged.tree.body if isinstance(n, ast.FunctionDef)]
+    wanted = parameter_defaults(wrapper_of(name)).keys()
+    if all(names.count(n) == 1 for n in module.functions) and (
+      wanted <= parameter_defaults(staged.functions[name]).keys()
     ):
       return staged
   except (SyntaxError, ValueError, LookupError):
     pass
   raise StagingError(
-    f"{name}: its signature or docstring is written in a way that is not"
-    " understood. Nothing was changed."
+    f"{name}: its signature or docstring is written in a way that this command"
+    " does not understand. Nothing was changed."
   )
 
 
 def _body_edit(
   module: Module, loss: ast.FunctionDef, code: str, used: Collection[str]
 ) -> Edit:
-  """Another body, behind which the old one goes on if it is used."""
+  """Replaces the body of a loss.
+
+  If the new body uses the old one, the old one stays behind it, as the body of
+  a function `_unmasked_<loss>`.
+  """
   docstring, first = loss.body[0], loss.body[1]
   if f"_unmasked_{loss.name}" not in used:
-    return Edit(end_of(docstring), code, end_of(loss))
+    return Edit(end_line(docstring), code, end_line(loss))
   signature = "".join(module.lines[loss.lineno - 1 : docstring.lineno - 1])
   signature = signature.replace(
     f"def {loss.name}(", f"def _unmasked_{loss.name}("
   )
-  # Behind an empty line, if there is one.
-  line = end_of(docstring)
+  # Below the empty line after the docstring, if there is one.
+  line = end_line(docstring)
   line += not module.lines[line].strip() and line < first.lineno - 1
   return Edit(line, f"{code}\n\n{signature}")
 
 
-def _line_of_helper(module: Module, ours: Module, node: ast.stmt) -> int:
-  """A line before all losses that may need it one day."""
+def _line_of_helper(
+  module: Module, wrapper_module: Module, node: ast.stmt
+) -> int:
+  """The line before the first loss whose wrapper uses a helper, staged or not.
+
+  So the text does not depend on the order in which losses are staged.
+  """
   return min(
-    module.start(module.functions[name])
+    module.start_line(module.functions[name])
     for name in module.functions.keys() & set(LOSSES)
-    if node in _helpers(ours, [ours.functions[name]])
+    if node
+    in _helpers_used_by(wrapper_module, [wrapper_module.functions[name]])
   )
 
 
-def _helpers(ours: Module, nodes: Iterable[ast.AST]) -> list[ast.stmt]:
-  """What the module of a wrapper defines besides losses, and nodes need."""
-  others = [n for n in ours.tree.body if defined_by(n) - set(LOSSES)]
-  return needed(others, names_in(*nodes))
+def _helpers_used_by(
+  wrapper_module: Module, nodes: Iterable[ast.AST]
+) -> list[ast.stmt]:
+  """The definitions of a wrapper's module, but for losses, that nodes use."""
+  others = [
+    n for n in wrapper_module.tree.body if names_defined_by(n) - set(LOSSES)
+  ]
+  return definitions_needed(others, names_in(*nodes))
 
 
 def _docstring_edits(
@@ -219,68 +269,83 @@ def _docstring_edits(
   loss: ast.FunctionDef,
   wrapper: ast.FunctionDef,
   added: Sequence[str],
-  version: str,
+  release_version: str,
 ) -> list[Edit]:
-  """Entries for the arguments, and a note of the version."""
+  """Adds the new arguments to a docstring, and a `versionchanged` note."""
   docstring = loss.body[0]
-  begin, last = docstring.lineno - 1, end_of(docstring) - 1
+  begin, last = docstring.lineno - 1, end_line(docstring) - 1
   lines = module.lines[begin:last]
   if ast.get_docstring(loss) is None or module.lines[last].strip() != '"""':
     raise StagingError(
       f"{loss.name}: its docstring does not end on a line of its own."
     )
-  edits = []
+  edits: list[Edit] = []
   notes = []
   if added:
     names = " and ".join(f"``{argument}``" for argument in added)
     notes.append(f"Added {names} argument{'s' if len(added) > 1 else ''}.")
-  if "where" not in parameters(wrapper):
+  if "where" not in parameter_defaults(wrapper):
     notes.append("The loss that is returned takes ``axis`` and ``where``.")
   section = [i for i, line in enumerate(lines) if line.strip() == "Args:"]
   if added and not section:
     raise StagingError(f"{loss.name}: its docstring has no `Args:`.")
   if section:
-    start = section[0] + 1
-    while not lines[start].strip():
-      start += 1
-    end = start
-    while end < len(lines) and lines[end].strip():
-      end += 1
-    indent = re.match(" *", lines[start])[0]  # type: ignore[index]
-    ours = _entries(ast.get_docstring(wrapper) or "")
-    new = [_entry(ours[argument], indent) for argument in added]
-    edits.append(Edit(begin + end, "".join(new)))
-    of_where = [
-      i for i in range(start, end) if lines[i].startswith(f"{indent}where:")
-    ]
-    if of_where and "where" in parameters(loss):
-      entry = of_where[0] + 1
-      while entry < end and lines[entry].startswith(f"{indent} "):
-        entry += 1
-      text = _wrapped(_RANK_OF_WHERE, f"{indent}  ")
-      edits.append(Edit(begin + entry, text))
-  if "where" in parameters(loss):
+    entries = _argument_entries(ast.get_docstring(wrapper) or "")
+    edits += _argument_edits(
+      module.lines[:last],
+      begin + section[0] + 1,
+      {argument: entries[argument] for argument in added},
+    )
+  if "where" in parameter_defaults(loss):
     notes.append("Masked elements change no value and no derivative.")
-  if "where" in parameters(loss) and refuses_ambiguous_where(loss.name):
+  if "where" in parameter_defaults(loss) and refuses_ambiguous_where(loss.name):
     notes.append("A ``where`` of lower rank has one entry an example.")
-  text = _wrapped(" ".join(notes), "    ")
+  text = _wrap_paragraph(" ".join(notes), "    ")
   follows = re.search(
     r"^  \.\. version\w+:: (.*)\n(?: {4,}.*\n)*\Z", "".join(lines), re.M
   )
-  if follows is None or follows[1] != version:
-    text = f"  .. versionchanged:: {version}\n{text}"
+  if follows is None or follows[1] != release_version:
+    text = f"  .. versionchanged:: {release_version}\n{text}"
   edits.append(Edit(last, text if follows else f"\n{text}"))
   return edits
 
 
-# Of a `where` that Optax has documented.
+def _argument_edits(
+  lines: Sequence[str], start: int, new_entries: Mapping[str, str]
+) -> Iterator[Edit]:
+  """Edits of the section `Args:` of a docstring.
+
+  Args:
+    lines: The lines of the module up to the end of the docstring.
+    start: Index of the line below the heading.
+    new_entries: The arguments to add, each with its text.
+  """
+  while not lines[start].strip():
+    start += 1
+  end = start
+  while end < len(lines) and lines[end].strip():
+    end += 1
+  indent = re.match(" *", lines[start])[0]  # type: ignore[index]
+  new = [_format_entry(text, indent) for text in new_entries.values()]
+  yield Edit(end, "".join(new))
+  where_entries = [
+    i for i in range(start, end) if lines[i].startswith(f"{indent}where:")
+  ]
+  if where_entries and "where" not in new_entries:
+    line = where_entries[0] + 1
+    while line < end and lines[line].startswith(f"{indent} "):
+      line += 1
+    yield Edit(line, _wrap_paragraph(_RANK_OF_WHERE, f"{indent}  "))
+
+
+# For a `where` that Optax has documented.
 _RANK_OF_WHERE = (
   "It is boolean, with the rank of the data, or with that rank less ``axis``:"
   " one entry an example."
 )
 
 
-def _wrapped(text: str, indent: str, first: str | None = None) -> str:
+def _wrap_paragraph(text: str, indent: str, first: str | None = None) -> str:
   lines = textwrap.wrap(
     text,
     80,
@@ -292,8 +357,8 @@ def _wrapped(text: str, indent: str, first: str | None = None) -> str:
   return "".join(f"{line}\n" for line in lines)
 
 
-def _entries(docstring: str) -> dict[str, str]:
-  """The entries of `Args:`, each with its text."""
+def _argument_entries(docstring: str) -> dict[str, str]:
+  """The arguments in the section `Args:`, each with its entry."""
   section = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", docstring, re.M | re.S)
   if section is None:
     return {}
@@ -302,11 +367,11 @@ def _entries(docstring: str) -> dict[str, str]:
   return {p.partition(":")[0].strip("*"): p for p in parts if p.strip()}
 
 
-def _entry(text: str, indent: str) -> str:
+def _format_entry(text: str, indent: str) -> str:
   """An entry for an `Args:` of Optax, without references to this package."""
   text = " ".join(text.split())
   text = re.sub(r",? as in :func:`optax_masking\.masked_inputs`", "", text)
-  return _wrapped(text, f"{indent}  ", indent)
+  return _wrap_paragraph(text, f"{indent}  ", indent)
 
 
 def _signature_edit(
@@ -315,21 +380,24 @@ def _signature_edit(
   wrapper: ast.FunctionDef,
   added: Iterable[str],
 ) -> Edit:
-  """New keywords behind the parameters of a loss."""
-  defaults = parameters(wrapper)
-  a = loss.args
-  nodes = [*a.posonlyargs, *a.args, *a.kwonlyargs, *a.defaults, *a.kw_defaults]
+  """Adds keyword arguments behind the last parameter of a loss."""
+  defaults = parameter_defaults(wrapper)
+  args = loss.args
+  nodes: list[ast.AST | None] = [*args.posonlyargs, *args.args]
+  nodes += [*args.kwonlyargs, *args.defaults, *args.kw_defaults]
   line, column = max(
-    (end_of(node), getattr(node, "end_col_offset", 0)) for node in nodes if node
+    (end_line(node), getattr(node, "end_col_offset", 0))
+    for node in nodes
+    if node
   )
-  text = "" if a.kwonlyargs or a.vararg else "    *,\n"
+  text = "" if args.kwonlyargs or args.vararg else "    *,\n"
   for argument in added:
     default = defaults[argument]
     assert default is not None
-    kind = f"{ENGINE}.{argument.capitalize()}"
-    text += f"    {argument}: {kind} = {ast.unparse(default)},\n"
-  last = module.lines[line - 1].encode()
-  before, rest = last[:column].decode(), last[column:].decode()
+    annotation = f"{ENGINE}.{argument.capitalize()}"
+    text += f"    {argument}: {annotation} = {ast.unparse(default)},\n"
+  last_line = module.lines[line - 1].encode()
+  before, rest = last_line[:column].decode(), last_line[column:].decode()
   if rest.startswith(","):
     return Edit(line, text)
   if rest.lstrip().startswith(")"):
@@ -337,7 +405,7 @@ def _signature_edit(
   return Edit(line - 1, f"{before},{rest}{text}", line)
 
 
-# All of it.
+# The losses of a checkout.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,8 +435,8 @@ class Checkout:
     """The file of a module such as `"losses/_regression"`."""
     return self.root / "optax" / f"{module}.py"
 
-  def text_as_written(self, module: str) -> str:
-    """The text of a module with its ends of lines, empty if there is none."""
+  def raw_text(self, module: str) -> str:
+    """The text of a module with its own line endings, empty without a file."""
     path = self.path(module)
     try:
       return path.read_bytes().decode() if path.is_file() else ""
@@ -376,12 +444,12 @@ class Checkout:
       raise StagingError(f"optax/{module}.py is not UTF-8: {error}.") from error
 
   def text(self, module: str) -> str:
-    """The text of a module, empty if there is none."""
-    return self.text_as_written(module).replace("\r\n", "\n")
+    """The text of a module with Unix line endings, empty without a file."""
+    return self.raw_text(module).replace("\r\n", "\n")
 
   @functools.cached_property
   def modules(self) -> dict[str, Module]:
-    """The modules of losses, without their tests."""
+    """The modules of losses by name, without their tests."""
     found = {}
     for path in sorted((self.root / "optax" / "losses").glob("_*.py")):
       if path.stem not in (ENGINE, "__init__") and not path.stem.endswith(
@@ -399,7 +467,7 @@ class Checkout:
 
   @functools.cached_property
   def exports(self) -> dict[str, str]:
-    """The module that `optax.losses` has each name from."""
+    """The names that `optax.losses` exports, each with its module."""
     imports = Module(self.text("losses/__init__")).imports
     return {
       name: f"losses/{words[1].rpartition('.')[2]}"
@@ -408,20 +476,20 @@ class Checkout:
     }
 
   def loss(self, name: str) -> ast.FunctionDef | None:
-    """The definition of a loss, if it is where Optax has it."""
-    place = module_of(name)
-    module = self.modules.get(place)
-    if module is None or self.exports.get(name) != place:
+    """The definition of a loss, if there is one and Optax exports it."""
+    module_name = module_of(name)
+    module = self.modules.get(module_name)
+    if module is None or self.exports.get(name) != module_name:
       return None
-    bound = [n for n in module.tree.body if name in defined_by(n)]
+    bound = [n for n in module.tree.body if name in names_defined_by(n)]
     return module.functions.get(name) if len(bound) == 1 else None
 
   def fingerprint(self, name: str) -> str:
-    """That of a loss which is where Optax has it."""
+    """The fingerprint of a loss that `loss` finds."""
     return fingerprint(self.modules[module_of(name)], name)
 
-  def unknown_loss_of(self, name: str) -> str | None:
-    """A loss that a loss calls, and that is not what it was."""
+  def changed_loss_called_by(self, name: str) -> str | None:
+    """A loss that a loss calls, and that has changed, moved or gone."""
     loss = self.loss(name)
     if loss is None:
       return None
@@ -429,32 +497,31 @@ class Checkout:
       node.attr for node in ast.walk(loss) if isinstance(node, ast.Attribute)
     }
     for other in LOSSES:
-      if other in called - {name} and not self.is_staged(other):
-        if self.loss(other) is None:
-          return other
-        if self.fingerprint(other) not in KNOWN[other]:
-          return other
+      if other not in called - {name} or self.is_staged(other):
+        continue
+      if self.loss(other) is None:
+        return other
+      if self.fingerprint(other) not in FINGERPRINTS[other]:
+        return other
     return None
 
-  def takes(self, name: str) -> set[str]:
+  def mask_parameters(self, name: str) -> set[str]:
     """Which of `axis` and `where` a loss has in its signature."""
     loss = self.loss(name)
-    return {"axis", "where"} & parameters(loss).keys() if loss else set()
-
-  def source_of(self, name: str) -> str:
-    """The text of the module that a loss is in."""
-    return self.text(module_of(name))
+    return (
+      {"axis", "where"} & parameter_defaults(loss).keys() if loss else set()
+    )
 
   def is_staged(self, name: str) -> bool:
-    """Whether a loss has been masked by this package."""
+    """Whether an earlier stage has masked a loss."""
     name = ALIASES.get(name, name)
     return self.loss(name) is not None and _is_masked(
       self.modules[module_of(name)], name
     )
 
   @property
-  def version_as_written(self) -> str:
-    """The version of the checkout."""
+  def optax_version(self) -> str:
+    """The version in `optax/__init__.py`."""
     found = re.search(
       r"""^__version__(?:: str)? = ["'](.*)["']""", self.text("__init__"), re.M
     )
@@ -463,30 +530,30 @@ class Checkout:
     return found[1]
 
   @property
-  def version(self) -> str:
-    """The release that a change will be in."""
-    version = self.version_as_written
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)", version)
+  def release_version(self) -> str:
+    """The release that will bring a change."""
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)", self.optax_version)
     if found is None:
       raise StagingError(
-        f"optax/__init__.py has the version {version}, which is not understood."
+        f"The version in optax/__init__.py, {self.optax_version}, is no version"
+        " such as 0.2.8."
       )
     major, minor, micro, rest = found.groups()
-    ahead = re.match(r"\.?(dev|rc|a|b)", rest)  # Of that release.
-    return f"{major}.{minor}.{int(micro or 0) + (0 if ahead else 1)}"
+    is_prerelease = re.match(r"\.?(dev|rc|a|b)", rest)
+    return f"{major}.{minor}.{int(micro or 0) + (0 if is_prerelease else 1)}"
 
   def header(self) -> str:
     """The license at the top of a new file."""
     text = self.text("losses/_classification")
     header = "".join(re.findall(r"\A(?:#.*\n)+", text))
-    return re.sub(r"(?<=Copyright )\d{4}", str(_YEAR), header)
+    return re.sub(r"(?<=Copyright )\d{4}", str(_COPYRIGHT_YEAR), header)
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """A file that changes, or a new one, whose old text is empty.
+  """A file with its old and its new text. The old text of a new file is empty.
 
-  As text it is the number of its new lines, and of those that it loses.
+  The string of a change has the numbers of added and of removed lines.
   """
 
   file: str
@@ -494,7 +561,7 @@ class Change:
   new: str
 
   def __str__(self) -> str:
-    lines = difflib.ndiff(lines_of(self.old), lines_of(self.new))
+    lines = difflib.ndiff(split_lines(self.old), split_lines(self.new))
     signs = [line[0] for line in lines]
     removed = f" -{signs.count('-')}" if "-" in signs else ""
     return f"+{signs.count('+')}{removed} lines"
@@ -502,14 +569,14 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Staging:
-  """What putting losses into a checkout comes to.
+  """The changes that a stage makes to a checkout.
 
   Attributes:
     checkout: The checkout.
     changes: The files that change, in the order of their names.
-    losses: The losses that are put there.
-    skipped: Those that are not, each with the reason.
-    remarks: What to look at, in sentences.
+    losses: The losses that the stage masks.
+    skipped: The losses that need no stage, each with the reason.
+    remarks: Sentences about files that a reviewer should look at.
   """
 
   checkout: Checkout
@@ -519,7 +586,7 @@ class Staging:
   remarks: tuple[str, ...]
 
   def write(self, root: pathlib.Path | None = None) -> None:
-    """Writes all files or none, into the checkout or into a copy of it."""
+    """Writes all files or none, into the checkout or a copy in `root`."""
     root = root or self.checkout.root
     for i, change in enumerate(self.changes):
       try:
@@ -549,7 +616,7 @@ class Staging:
       if not change.old:
         parts.append("new file mode 100644\n")
         old = "/dev/null"
-      before, after = lines_of(change.old), lines_of(change.new)
+      before, after = split_lines(change.old), split_lines(change.new)
       for line in difflib.unified_diff(before, after, old, new):
         parts.append(line)
         if not line.endswith("\n"):
@@ -560,98 +627,107 @@ class Staging:
 def stage(
   checkout: Checkout,
   names: Iterable[str] = (),
-  is_fixed: Callable[[Sequence[str]], Mapping[str, bool]] = lambda names: {},
+  find_fixed: Callable[[Sequence[str]], Collection[str]] = lambda names: (),
 ) -> Staging:
-  """Masks losses in the text of a checkout, which it leaves as it is.
+  """Masks losses in the text of a checkout, and leaves the files as they are.
 
   Args:
     checkout: The checkout.
-    names: The losses; all, if none is named.
-    is_fixed: Tells which losses keep the mask contract in the checkout. It is
-      asked for those that are not what they were, and take `axis` and `where`.
+    names: The losses; by default all.
+    find_fixed: Returns the losses, of some, that keep the mask contract in the
+      checkout. It is called with the losses that have changed since their
+      wrappers were tested and take `axis` and `where`.
 
   Returns:
     The changes.
 
   Raises:
-    StagingError: If a loss is not where or what it is known to be.
+    StagingError: If a loss is not in its module, or has changed since its
+      wrapper was tested.
   """
-  named = tuple(names)
-  names = named or LOSSES
-  unknown = [name for name in names if name not in LOSSES]
-  if unknown:
-    near = difflib.get_close_matches(unknown[0], LOSSES, 3, 0.5)
-    raise StagingError(
-      f"There is no loss {', '.join(unknown)}."
-      + (f" Did you mean {' or '.join(near)}?" if near else "")
-    )
+  requested = tuple(names)
+  _check_names(requested)
   skipped: dict[str, str] = {}
   reasons: dict[str, str] = {}
-  changed: list[str] = []
-  todo: list[str] = []
-  for name in with_called(names):
+  maybe_fixed: list[str] = []
+  to_stage: list[str] = []
+  for name in with_called_losses(requested or LOSSES):
     loss = checkout.loss(name)
-    other = checkout.unknown_loss_of(name)
     if loss is None:
-      reasons[name] = _missing(checkout, name)
+      reasons[name] = _why_missing(checkout, name)
     elif checkout.is_staged(name) and name not in ALIASES:
       skipped[name] = "it is staged already"
-    elif checkout.fingerprint(name) in KNOWN[name] and other:
-      reasons[name] = f"it calls {other}, which is not what it was"
-    elif checkout.fingerprint(name) in KNOWN[name]:
-      if name in ALIASES:
-        skipped[name] = f"it calls {ALIASES[name]}, which is what to stage"
+    elif checkout.fingerprint(name) in FINGERPRINTS[name]:
+      called = checkout.changed_loss_called_by(name)
+      if called:
+        reasons[name] = f"it calls {called}, which has changed"
+      elif name in ALIASES:
+        skipped[name] = f"it is a deprecated name: stage {ALIASES[name]}"
       else:
-        todo.append(name)
-    elif {"axis", "where"} <= parameters(loss).keys():
-      changed.append(name)
+        to_stage.append(name)
+    elif {"axis", "where"} <= parameter_defaults(loss).keys():
+      maybe_fixed.append(name)
     else:
-      reasons[name] = _changed(checkout, name)
-  for name, fixed in (is_fixed(changed) if changed else {}).items():
-    if fixed:
+      reasons[name] = _why_changed(checkout, name)
+  fixed = find_fixed(maybe_fixed) if maybe_fixed else ()
+  for name in maybe_fixed:
+    if name in fixed:
       skipped[name] = (
         "Optax has fixed it: it has another body, takes `axis` and `where`, and"
         " the audit finds nothing"
       )
-  for name in changed:
-    if name not in skipped:
-      reasons[name] = _changed(checkout, name)
+    else:
+      reasons[name] = _why_changed(checkout, name)
   if reasons:
-    options = " ".join(f"--except {name}" for name in reasons)
+    raise _unknown_optax(reasons, offer_others=not requested)
+  changes, remarks = _changes(checkout, to_stage)
+  return Staging(checkout, changes, tuple(to_stage), skipped, remarks)
+
+
+def _check_names(names: Iterable[str]) -> None:
+  unknown = [name for name in names if name not in LOSSES]
+  if unknown:
+    similar = difflib.get_close_matches(unknown[0], LOSSES, 3, 0.5)
     raise StagingError(
-      "Nothing was changed, since this is not the Optax that the wrappers were"
-      " tested with:\n"
-      + "".join(f"  {name}: {why}\n" for name, why in reasons.items())
-      + "CONTRIBUTING.md tells what to do about a loss that has changed."
-      + ("" if named else f" For all others: {options}"),
-      reasons,
+      f"There is no loss {', '.join(unknown)}."
+      + (f" Did you mean {' or '.join(similar)}?" if similar else "")
     )
-  changes, remarks = _changes(checkout, todo)
-  return Staging(checkout, changes, tuple(todo), skipped, remarks)
 
 
-def _missing(checkout: Checkout, name: str) -> str:
-  place = module_of(name)
+def _unknown_optax(
+  reasons: Mapping[str, str], offer_others: bool
+) -> StagingError:
+  options = " ".join(f"--except {name}" for name in reasons)
+  return StagingError(
+    "Nothing was changed, since this is not the Optax that the wrappers were"
+    " tested with:\n"
+    + "".join(f"  {name}: {why}\n" for name, why in reasons.items())
+    + "CONTRIBUTING.md says how to update the wrapper of a changed loss."
+    + (f" To stage all other losses: {options}" if offer_others else ""),
+    reasons,
+  )
+
+
+def _why_missing(checkout: Checkout, name: str) -> str:
+  expected = module_of(name)
   exported = checkout.exports.get(name)
   found = [m for m, text in checkout.modules.items() if name in text.functions]
-  if found == [place] == [exported]:
-    return f"optax/{place}.py defines it more than once"
-  if exported not in (None, place):
-    return f"it has moved from optax/{place}.py to optax/{exported}.py"
-  if found not in ([], [place]):
-    return f"it has moved from optax/{place}.py to optax/{found[0]}.py"
+  if found == [expected] == [exported]:
+    return f"optax/{expected}.py defines it more than once"
+  if exported not in (None, expected):
+    return f"it has moved from optax/{expected}.py to optax/{exported}.py"
+  if found not in ([], [expected]):
+    return f"it has moved from optax/{expected}.py to optax/{found[0]}.py"
   if found:
     return "optax/losses/__init__.py does not import it"
-  return f"it is gone, and was a function of optax/{place}.py"
+  return f"it is gone from optax/{expected}.py"
 
 
-def _changed(checkout: Checkout, name: str) -> str:
-  loss = checkout.loss(name)
-  takes = parameters(loss).keys() & {"axis", "where"} if loss else ()
-  known = " and ".join(f"`{a}`" for a in sorted(takes))
+def _why_changed(checkout: Checkout, name: str) -> str:
+  takes = " and ".join(f"`{a}`" for a in sorted(checkout.mask_parameters(name)))
   return (
     "its code or its parameters have changed"
-    + (f" (it takes {known})" if known else "")
+    + (f" (it takes {takes})" if takes else "")
     + ", so that its wrapper may no longer fit; its fingerprint is"
     f" {checkout.fingerprint(name)}"
   )
@@ -660,60 +736,94 @@ def _changed(checkout: Checkout, name: str) -> str:
 def _changes(
   checkout: Checkout, names: Collection[str]
 ) -> tuple[tuple[Change, ...], tuple[str, ...]]:
-  """What masking more losses changes, and remarks on it."""
+  """The files that change when some losses are staged, and remarks."""
   before = {n for n in LOSSES if n not in ALIASES and checkout.is_staged(n)}
   if not names and not before:
     return (), ()
   modules = dict(checkout.modules)
   for name in names:
-    place = module_of(name)
-    modules[place] = _checked(modules[place], name, checkout.version)
-  texts = {place: module.text for place, module in modules.items()}
-
-  staged = _new_files(checkout, before, checkout.modules.values())
-  wanted = _new_files(checkout, {*before, *names}, modules.values())
-  remarks = []
-  for place, text in wanted.items():
-    path, present = checkout.path(place), checkout.text(place)
-    free = not any(
-      p.exists() or p.is_symlink() for p in (path, path.with_suffix(""))
+    module_name = module_of(name)
+    modules[module_name] = _module_with_mask(
+      modules[module_name], name, checkout.release_version
     )
-    if not names and present and place.endswith(TESTS):
-      continue  # Which may have lost a row by intent.
-    if free or (before and present == staged[place]):
-      texts[place] = text
-    elif not before or not path.is_file() or path.is_symlink():
-      raise StagingError(
-        f"Nothing was changed, since there is an optax/{place}.py or a folder"
-        " of its name, and no loss that uses it. If it is left over from an"
-        f" earlier stage, remove it, and optax/losses/{TESTS}.py."
-      )
+  texts = {module_name: module.text for module_name, module in modules.items()}
+
+  as_staged = _engine_and_tests(checkout, before, checkout.modules.values())
+  wanted = _engine_and_tests(checkout, {*before, *names}, modules.values())
+  remarks = []
+  for module_name, text in wanted.items():
+    present = checkout.text(module_name)
+    if not names and present and module_name.endswith(TESTS):
+      continue  # A reviewer may have removed a row on purpose.
+    if _is_free(checkout.path(module_name)) or (
+      before and present == as_staged[module_name]
+    ):
+      texts[module_name] = text
     else:
-      try:
-        texts[place], own = _merged(Module(present), Module(text))
-      except SyntaxError as error:
-        raise StagingError(
-          f"Nothing was changed, since optax/{place}.py, line {error.lineno},"
-          f" is not Python: {error.msg}."
-        ) from error
-      if texts[place] != present:
-        remarks.append(
-          f"optax/{place}.py has been edited since it was staged. It is added"
-          f" to, and keeps its own {', '.join(own) or 'text'}."
-        )
+      texts[module_name], remark = _merge_into_edited(
+        checkout, module_name, text, is_used=bool(before)
+      )
+      if texts[module_name] != present:
+        remarks.append(remark)
   changes = []
-  for place, text in sorted(texts.items()):
-    if text != checkout.text(place):
-      old = checkout.text_as_written(place)
+  for module_name, text in sorted(texts.items()):
+    if text != checkout.text(module_name):
+      old = checkout.raw_text(module_name)
       new = text.replace("\n", "\r\n") if "\r\n" in old else text
-      changes.append(Change(f"optax/{place}.py", old, new))
+      changes.append(Change(f"optax/{module_name}.py", old, new))
   return tuple(changes), tuple(remarks)
 
 
-def _new_files(
+def _is_free(path: pathlib.Path) -> bool:
+  """Whether neither a module nor a package of that name exists."""
+  return not any(
+    p.exists() or p.is_symlink() for p in (path, path.with_suffix(""))
+  )
+
+
+def _merge_into_edited(
+  checkout: Checkout, module_name: str, text: str, is_used: bool
+) -> tuple[str, str]:
+  """Adds to the engine or the tests of a checkout, which somebody has edited.
+
+  Args:
+    checkout: The checkout.
+    module_name: The engine or the tests.
+    text: The text of the module that the losses need.
+    is_used: Whether a staged loss uses the module.
+
+  Returns:
+    The merged text, and a remark on it.
+  """
+  path = checkout.path(module_name)
+  if not is_used or not path.is_file() or path.is_symlink():
+    raise StagingError(
+      f"Nothing was changed, since there is an optax/{module_name}.py or a"
+      " folder of its name, and no loss that uses it. If it is left over from"
+      f" an earlier stage, remove it, and optax/losses/{TESTS}.py."
+    )
+  try:
+    merged, edited = _merge_modules(
+      Module(checkout.text(module_name)), Module(text)
+    )
+  except SyntaxError as error:
+    raise StagingError(
+      f"Nothing was changed, since optax/{module_name}.py, line"
+      f" {error.lineno}, is not Python: {error.msg}."
+    ) from error
+  return merged, (
+    f"optax/{module_name}.py has been edited since it was staged. The stage"
+    f" adds to it, and keeps its own {', '.join(edited) or 'text'}."
+  )
+
+
+def _engine_and_tests(
   checkout: Checkout, names: Collection[str], modules: Iterable[Module]
 ) -> dict[str, str]:
-  """The engine that modules use, and the tests of losses; empty for none."""
+  """The texts of the engine that modules use, and of the tests of losses.
+
+  Without a loss both texts are empty.
+  """
   if not names:
     return {f"losses/{ENGINE}": "", f"losses/{TESTS}": ""}
   used = {
@@ -722,62 +832,76 @@ def _new_files(
     for name in re.findall(rf"\b{ENGINE}\.(\w+)", module.text)
   }
   return {
-    f"losses/{ENGINE}": checkout.header() + engine_text(used),
-    f"losses/{TESTS}": checkout.header() + tests_text(names),
+    f"losses/{ENGINE}": checkout.header() + engine_module_text(used),
+    f"losses/{TESTS}": checkout.header() + test_module_text(names),
   }
 
 
-def _merged(present: Module, wanted: Module) -> tuple[str, list[str]]:
-  """A module with what it lacks of another, and what it has otherwise."""
-  by_name = {n: node for node in present.tree.body for n in defined_by(node)}
-  own: list[str] = []
+def _merge_modules(present: Module, wanted: Module) -> tuple[str, list[str]]:
+  """Adds the definitions of a wanted module that the present one does not have.
+
+  Returns:
+    The merged text, and the names that the present module defines otherwise.
+  """
+  by_name = {
+    n: node for node in present.tree.body for n in names_defined_by(node)
+  }
+  edited: list[str] = []
   edits: list[Edit] = []
-  lacking: list[str] = []
+  missing: list[str] = []
   end = len(present.lines)
-  if isinstance(present.tree.body[-1], ast.If):  # What runs the tests.
-    end = present.start(present.tree.body[-1])
-  last: ast.stmt | None = None
-  # A rule follows what it is a rule of, and is lacking if that is.
-  follows = ""
+  if isinstance(present.tree.body[-1], ast.If):  # `if __name__ == "__main__"`.
+    end = present.start_line(present.tree.body[-1])
+  last_missing: ast.stmt | None = None
+  name = ""
   for node in wanted.tree.body:
-    names = defined_by(node)
+    names = names_defined_by(node)
     if not names:
       continue
-    follows = follows if names == {"_"} else min(names)
-    if follows not in by_name:
-      lacking.append(wanted.source(node).rstrip("\n"))
-      last = node
+    # A derivative rule, `@f.defjvp def _`, stands behind its function `f`: it
+    # is missing if and only if the function is.
+    is_rule = names == {"_"}
+    name = name if is_rule else min(names)
+    if name not in by_name:
+      missing.append(wanted.source(node).rstrip("\n"))
+      last_missing = node
       continue
-    here = by_name[follows]
-    small = isinstance(here, ast.Assign) and isinstance(last, ast.Assign)
-    gap = "\n" if small else "\n\n\n"
-    edits += [Edit(present.start(here), source + gap) for source in lacking]
-    lacking = []
-    if names == {"_CASES"}:
-      edits.append(Edit(end_of(here) - 1, _lacking_cases(here, node, wanted)))
-    elif names != {"_"} and ast.dump(here) != ast.dump(node):
-      own.append(follows)
+    twin = by_name[name]
+    constants = isinstance(twin, ast.Assign) and isinstance(
+      last_missing, ast.Assign
+    )
+    gap = "\n" if constants else "\n\n\n"
+    line = present.start_line(twin)
+    edits += [Edit(line, source + gap) for source in missing]
+    missing = []
+    if name == "_CASES":
+      rows = _missing_case_rows(twin, node, wanted)
+      edits.append(Edit(end_line(twin) - 1, rows))
+    elif not is_rule and ast.dump(twin) != ast.dump(node):
+      edited.append(name)
   before, after = ("", "\n\n\n") if end < len(present.lines) else ("\n\n", "\n")
-  edits += [Edit(end, f"{before}{source}{after}") for source in lacking]
-  statements = [
-    s for n, s in wanted.imports.items() if n not in present.imports
-  ]
-  return with_imports(Module(edited(present, edits)), statements), own
+  edits += [Edit(end, f"{before}{source}{after}") for source in missing]
+  imports = [s for n, s in wanted.imports.items() if n not in present.imports]
+  return add_imports(Module(apply_edits(present, edits)), imports), edited
 
 
-def _lacking_cases(present: ast.stmt, wanted: ast.stmt, module: Module) -> str:
-  """The rows that a table of cases does not have."""
+def _missing_case_rows(
+  present: ast.stmt, wanted: ast.stmt, module: Module
+) -> str:
+  """The rows of a wanted table of cases that the present one does not have."""
 
-  def rows(node: ast.stmt) -> dict[str, ast.expr]:
-    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)):
+  def rows(table: ast.stmt) -> dict[str, ast.expr]:
+    if not isinstance(table, ast.Assign) or not isinstance(
+      table.value, ast.Tuple
+    ):
       raise StagingError(
         f"Nothing was changed, since _CASES of optax/losses/{TESTS}.py is no"
-        " tuple of rows any more, to which another could be added."
+        " tuple any more, to which a row could be added."
       )
-    return {ast.unparse(row).split(",")[0]: row for row in node.value.elts}
+    return {ast.unparse(row).split(",")[0]: row for row in table.value.elts}
 
   return "".join(
-    "".join(module.lines[row.lineno - 1 : end_of(row)])
+    "".join(module.lines[row.lineno - 1 : end_line(row)])
     for name, row in rows(wanted).items()
     if name not in rows(present)
   )
