@@ -1,7 +1,7 @@
 """The pytest plugin: `--mask-audit=TARGET` and the fixture `assert_mask_safe`.
 
-pytest imports this module at every start, and so it lies beside the package:
-JAX is imported where it is used.
+pytest imports this module at every start. So it lies beside the package, which
+imports JAX, and its functions import the package where they use it.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def assert_mask_safe(request):
-  """The function of `optax_masking.testing`; `-rP` tells what it tried."""
+  """`optax_masking.testing.assert_mask_safe`; `-rP` shows its report."""
   from optax_masking import testing
 
   @functools.wraps(testing.assert_mask_safe)
@@ -45,14 +45,14 @@ def assert_mask_safe(request):
   return check
 
 
-@pytest.hookimpl(tryfirst=True)  # So that -k and -m choose from its items, too.
+@pytest.hookimpl(tryfirst=True)  # Before -k and -m select from the items.
 def pytest_collection_modifyitems(session, config, items):
   for target in dict.fromkeys(config.getoption("mask_audit")):
     name = f"mask-audit[{target}]"
     audit = MaskAudit.from_parent(session, name=name, nodeid=name)
-    added = list(audit.of_target(target))
+    added = list(audit.make_items(target))
     items.extend(added)
-    # For the numbers that pytest tells.
+    # pytest prints how many items its collectors have reported.
     report = pytest.CollectReport(name, "passed", None, added)
     config.hook.pytest_collectreport(report=report)
 
@@ -63,57 +63,56 @@ class MaskAudit(pytest.Collector):
   def collect(self):
     return []
 
-  def of_target(self, target):
+  def make_items(self, target):
     from optax_masking.testing import CLAUSES, _audit
 
     try:
-      losses = _audit.losses_of(target)
+      losses = _audit.find_losses(target)
     except _audit.TargetError as error:
       raise pytest.UsageError(str(error)) from None
     for loss in losses:
-      report = Once(
-        _audit.check, loss, self.config.getoption("mask_audit_quick")
-      )
+      quick = self.config.getoption("mask_audit_quick")
+      check_loss = CachedCall(_audit.check_loss, loss, quick)
       for clause in CLAUSES:
         yield MaskAuditItem.from_parent(
           self,
           name=f"{loss.name}[{clause}]",
-          report=report,
+          check_loss=check_loss,
           loss=loss.name,
           clause=clause,
         )
 
 
-class Once:
-  """A function that is called once, also if it raises."""
+class CachedCall:
+  """A function that runs once: later calls return or raise the same again."""
 
   def __init__(self, function, *arguments):
     self.function = functools.partial(function, *arguments)
-    self.report = self.raised = None
+    self.result = self.error = None
 
   def __call__(self):
-    if self.report is None and self.raised is None:
+    if self.result is None and self.error is None:
       try:
-        self.report = self.function()
+        self.result = self.function()
       except Exception as error:
-        self.raised = error
-    if self.raised is not None:
-      raise self.raised
-    return self.report
+        self.error = error
+    if self.error is not None:
+      raise self.error
+    return self.result
 
 
 class MaskAuditItem(pytest.Item):
   """A clause of the contract for a loss."""
 
-  def __init__(self, *, report, loss, clause, **kwargs):
+  def __init__(self, *, check_loss, loss, clause, **kwargs):
     super().__init__(**kwargs)
-    self.report_of_loss = report
+    self.check_loss = check_loss
     self.loss = loss
     self.clause = clause
 
   def runtest(self):
-    report = self.report_of_loss()
-    if self.clause == "accepts":  # One of them tells it.
+    report = self.check_loss()
+    if self.clause == "accepts":  # All items of a loss share one report.
       self.user_properties.append(("mask_cases", report.cases))
     findings = tuple(f for f in report.findings if f.clause == self.clause)
     if findings:

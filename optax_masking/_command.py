@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   _add_losses(commands)
-  auditing.add_to(commands)
+  auditing.add_commands(commands)
   staging.add_commands(commands)
   given = parser.parse_args(arguments)
   try:

@@ -1,4 +1,4 @@
-"""The checks as functions."""
+"""The public functions that check a loss."""
 
 import contextlib
 import dataclasses
@@ -20,11 +20,11 @@ from optax_masking.testing._case import (
   Problem,
   name_of,
 )
-from optax_masking.testing._checker import Checker, Findings
+from optax_masking.testing._checker import Checker, FindingLog
 from optax_masking.testing._report import Report
 
 
-def _described(x: np.ndarray) -> str:
+def _dtype_and_shape(x: np.ndarray) -> str:
   return f"{x.dtype}{list(x.shape)}"
 
 
@@ -46,22 +46,22 @@ def _float64_for(dtype: Any) -> Iterator[None]:
 def check_mask_safe(
   loss_fn: Callable[..., Any], *args: Any, where: Any, **options: Any
 ) -> Report:
-  """Checks a loss as `assert_mask_safe` does, and returns what it found.
+  """Checks a loss as `assert_mask_safe` does, and returns its report.
 
   Args:
     loss_fn: As in `assert_mask_safe`.
     *args: As in `assert_mask_safe`.
     where: As in `assert_mask_safe`.
-    **options: What else `assert_mask_safe` takes: its options, and keywords of
-      the loss.
+    **options: The options of `assert_mask_safe`, and keywords of the loss.
 
   Returns:
-    A `Report`. Its `ok` tells whether the loss keeps the contract, its
-    `findings` how it does not, and its text is what `assert_mask_safe` raises.
+    A `Report`. Its `ok` is True if the loss keeps the contract, its `findings`
+    are the ways in which it does not, and `str(report)` is the message of
+    `assert_mask_safe`.
 
   Raises:
-    TypeError: As `assert_mask_safe`, if it is called in a wrong way.
-    ValueError: The same.
+    TypeError: As `assert_mask_safe`, for arguments that it refuses.
+    ValueError: As `assert_mask_safe`, for arguments that it refuses.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -81,7 +81,7 @@ def check_mask_safe(
   chosen = Options(**{k: v for k, v in options.items() if k in names})
   keywords = {k: v for k, v in options.items() if k not in names}
   start = time.perf_counter()
-  findings = Findings(chosen.skip)
+  log = FindingLog(chosen.skip)
   with (
     jax.debug_nans(False),
     jax.debug_infs(False),
@@ -91,10 +91,10 @@ def check_mask_safe(
     for dtype in chosen.dtypes or (None,):
       with _float64_for(dtype):
         problem = Problem(loss_fn, args, keywords, where, chosen, dtype)
-        Checker(problem, findings).run()
-  data = [f"{a.name} {_described(a.value)}" for a in problem.arguments]
-  data.append(f"{chosen.where_name} {_described(problem.where)}")
-  return findings.report(
+        Checker(problem, log).run()
+  data = [f"{a.name} {_dtype_and_shape(a.value)}" for a in problem.arguments]
+  data.append(f"{chosen.where_name} {_dtype_and_shape(problem.where)}")
+  return log.report(
     name_of(loss_fn), time.perf_counter() - start, ", ".join(data)
   )
 
@@ -114,58 +114,60 @@ def assert_mask_safe(
   samples: int = 16,
   **kwargs: Any,
 ) -> Report:
-  """Asserts that what a loss masks reaches neither its value nor a gradient.
+  """Asserts that masked elements reach neither the value nor a gradient.
 
-  The loss is called with many masks, made of the given one, while the masked
-  elements of its arguments hold many poisons: NaN, infinities, the largest
-  number, -1e30 (or the least, if that is larger), a subnormal, 0, and for
-  integers some that are out of range. Its value, gradients, tangents and
-  Hessian have to keep the clauses of the mask contract, `CLAUSES`.
+  The check calls the loss with many masks, made of the given mask, and puts
+  many poisons into the masked elements of its arguments: NaN, infinities, the
+  largest number, -1e30 (or the least number, if that is larger), a subnormal,
+  0, and integers that are out of range. The value, gradients, tangents and
+  Hessian of the loss have to keep the clauses of the mask contract, `CLAUSES`.
 
   Args:
     loss_fn: The loss: a function of arrays and a mask that returns one floating
       array, of any shape.
-    *args: What to call it with, with numbers that it is made for: small arrays
-      do, of some rows and columns; large ones take long. Arrays of JAX or
-      NumPy, also inside of dicts, lists and tuples, are the data. Anything else
-      is passed on.
-    where: A mask that fits the data: boolean, True for what is included.
+    *args: Its arguments, with realistic numbers. Small arrays of some rows and
+      columns are enough; large arrays take long. Arrays of JAX or NumPy, also
+      inside of dicts, lists and tuples, are the data. The check passes on
+      anything else as it is.
+    where: A mask that fits the data: boolean, True for included elements.
     where_name: The keyword of the mask.
-    axes: Which axes of the data the axes of an argument are, by its name, where
-      the shapes do not tell: `{"weights": (1,)}` for an array with an entry a
-      class, None for one that no mask masks. An axis that the data lack is
-      None. Also for `"where"` and for what the loss returns, `"return"`. By
-      default an array of the data's rank has the axes of the data, and one of
-      lower rank has their first ones, an entry an example. One that all
-      examples share, such as a scalar or an entry a class, is not masked.
-    reference: The same loss without a mask, which the loss has to equal where
-      nothing is masked, and to be, as a program, without a mask. By default
-      the loss itself, called without its mask or with None, if it can be.
+    axes: For arguments whose shape is ambiguous, the axes of the data that
+      their axes are, by name: `{"weights": (1,)}` for an array with one entry a
+      class. An axis that the data lack is None; an array that no mask masks has
+      None instead of a tuple. The names `"where"` and `"return"` stand for the
+      mask and the result. By default an array of the data's rank has the axes
+      of the data, and an array of lower rank has their first axes, one entry an
+      example. An array that all examples share, such as a scalar or one entry a
+      class, is not masked.
+    reference: The same loss without a mask. With everything included the loss
+      has to equal it; with the mask None the loss has to be the same program.
+      By default the reference is the loss without its mask or with None, if the
+      loss can be called so.
     skip: Names of clauses that the loss does not mean to keep, any of
       `"invariance"`, `"zero_gradient"`, `"compaction"`, `"empty"`,
       `"masked_label"` (an example whose own class is masked has loss 0),
       `"identity"`, `"honesty"`, `"clean_arithmetic"` and `"transforms"`.
     dtypes: The dtypes to try for the floating arguments, such as
-      `("float32", "bfloat16")`. By default they stay as JAX takes them, so
-      float64 becomes float32 where that is not enabled.
+      `("float32", "bfloat16")`. By default the arguments keep their dtypes,
+      but float64 becomes float32 unless JAX has it enabled.
     derivatives: Which of `"value"`, `"vjp"`, `"jvp"` and `"hessian"` to try.
     transforms: Which of `"eager"`, `"jit"` and `"vmap"` to try.
     masks: Which masks to try: `"given"`, `"none"` and `"all"` (nothing and
       everything included), `"elements"` (one masked, one included), `"rows"`
       and `"columns"` (of the first and the last axis of `where`).
-    samples: How many elements, rows and columns to try at most; fewer of arrays
-      of many thousand numbers.
-    **kwargs: What else to call the loss with, arrays as in `args`. What has the
-      name of an option goes by `functools.partial(loss_fn, ...)`.
+    samples: How many elements, rows and columns to try at most; fewer for
+      arrays of many thousand numbers.
+    **kwargs: Keyword arguments of the loss, with arrays as in `args`. For a
+      keyword that is also an option use `functools.partial(loss_fn, ...)`.
 
   Returns:
     The `Report`, with the number of cases that were tried.
 
   Raises:
-    AssertionError: If the loss breaks a clause. The message tells which, with
-      which argument, element, mask, poison, derivative, transformation and
-      dtype, the numbers, and the operation and the line of the code in which
-      the first NaN arose.
+    AssertionError: If the loss breaks a clause. The message names the clause,
+      the argument, element, mask, poison, derivative, transformation and dtype,
+      the numbers, and the operation and the line of code in which the first NaN
+      arose.
     TypeError: If `where` is not boolean, or the loss does not return a floating
       array.
     ValueError: If no array is floating, if `where` does not fit the data, if an
@@ -207,7 +209,7 @@ def assert_mask_safe(
 
 
 def check_case(case: MaskCase, **options: Any) -> Report:
-  """Checks a case, with some options replaced."""
+  """Checks a case. The given options replace those of the case."""
   report = check_mask_safe(
     case.loss_fn, *case.args, where=case.where, **{**case.options, **options}
   )

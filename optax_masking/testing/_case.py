@@ -1,4 +1,4 @@
-"""A loss with the data to check it on, and which of the data a mask masks."""
+"""A loss with data to check it on, and the elements that a mask masks."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ Axes = tuple[int | None, ...]
 
 
 class MaskCase:
-  """A loss, what to call it with, and what to check: see `assert_mask_safe`.
+  """A loss with its arguments and options: see `assert_mask_safe`.
 
   Args:
     loss_fn: The loss.
@@ -72,7 +72,7 @@ def name_of(loss_fn: Callable[..., Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What to check of a loss. The fields are those of `assert_mask_safe`."""
+  """The options of a check. The fields are those of `assert_mask_safe`."""
 
   where_name: str = "where"
   axes: Mapping[str, Axes | None] | None = None
@@ -127,8 +127,8 @@ class Options:
 class Argument:
   """An array that a loss is called with.
 
-  `axes` tells which axes of the data its own are. If it is not `maskable`, all
-  examples share it, and no mask masks any of it.
+  `axes` has, for each axis of the array, the axis of the data that it is. All
+  examples share an array that is not `maskable`: no mask masks any of it.
   """
 
   name: str
@@ -142,7 +142,7 @@ class Argument:
 
 
 def _is_array(x: Any) -> bool:
-  """Whether it is data: no key of a random generator, and no array of text."""
+  """Whether an object is data: no random key, and no array of text."""
   if not isinstance(x, jax.Array | np.ndarray | np.generic):
     return False
   if x.dtype == np.uint32 and x.shape == (2,):  # An older kind of key.
@@ -292,9 +292,9 @@ class Problem:
     raise ValueError(
       f"`where` has shape {shape}, which does not fit data of shape"
       f" {self.shape}, that of `{data}`. It must broadcast to the data, or have"
-      " the shape of their first axes (one entry an example). Otherwise tell"
-      " which axes of the data its own are, axes={'where': (0, 2)}, and which"
-      f" arrays are no data, axes={{{data!r}: None}}."
+      " the shape of their first axes (one entry an example). Otherwise name"
+      " the axes of the data that its axes are, axes={'where': (0, 2)}, and the"
+      f" arrays that are no data, axes={{{data!r}: None}}."
     )
 
   @property
@@ -302,7 +302,7 @@ class Problem:
     return [a.value for a in self.arguments]
 
   def replace(self, argument: int, broken: np.ndarray) -> None:
-    """Puts numbers that are included in the place of some that are not."""
+    """Replaces broken elements of an argument by numbers of included ones."""
     a = self.arguments[argument]
     kept = a.value[~broken & ~self.masked(self.where, argument)]
     if not broken.any():
@@ -341,7 +341,7 @@ class Problem:
   def included(
     self, where: np.ndarray, shape: Sequence[int], axes: Axes
   ) -> np.ndarray:
-    """What a mask includes of an array: what meets anything included."""
+    """The elements of an array that meet an included element of the data."""
     own = [
       k for k, s in zip(axes, shape, strict=True) if k is not None and s != 1
     ]
@@ -354,14 +354,14 @@ class Problem:
     return np.broadcast_to(left, shape)
 
   def masked(self, where: np.ndarray, argument: int) -> np.ndarray:
-    """What a mask masks of an argument."""
+    """The elements of an argument that a mask masks."""
     a = self.arguments[argument]
     if not a.maskable:
       return np.zeros(a.value.shape, bool)
     return ~self.included(where, a.value.shape, a.axes)
 
   def axes_of_result(self, shape: tuple[int, ...]) -> Axes | None:
-    """Which axes of the data a result has; None if that can't be told."""
+    """Which axes of the data a result has; None if they are unknown."""
     if "return" in self.options.named_axes:
       axes = self.options.named_axes["return"]
       return axes if axes is None or len(axes) == len(shape) else None
@@ -400,7 +400,7 @@ def _host(x: Any, dtype: Any) -> np.ndarray:
 
 
 def _names(loss_fn: Callable[..., Any], args: Sequence[Any]) -> Callable:
-  """Tells the name of an argument from its path in (args, kwargs)."""
+  """A function from the path of an argument in (args, kwargs) to its name."""
   positional: list[str] = []
   try:
     for p in inspect.signature(loss_fn).parameters.values():
@@ -424,7 +424,7 @@ def _names(loss_fn: Callable[..., Any], args: Sequence[Any]) -> Callable:
 def _reduced_axes(
   loss_fn: Callable[..., Any], kwargs: Mapping[str, Any], rank: int
 ) -> tuple[int, ...] | None:
-  """The axes that a loss reduces, if it has an `axis` that tells."""
+  """The axes that the argument `axis` of a loss names, None if unknown."""
   axis: Any = kwargs.get("axis", inspect.Parameter.empty)
   if axis is inspect.Parameter.empty:
     try:

@@ -20,10 +20,10 @@ from optax_masking.testing._case import (
 )
 from optax_masking.testing._compaction import Compact, compactions
 from optax_masking.testing._masks import (
+  evenly_spaced,
   few_of_each_kind,
-  masks,
+  make_masks,
   poisons,
-  spread,
 )
 from optax_masking.testing._program import (
   PARTS,
@@ -32,26 +32,31 @@ from optax_masking.testing._program import (
   program,
   quantities,
 )
-from optax_masking.testing._report import CLAUSES, Finding, Report, in_order
+from optax_masking.testing._report import (
+  CLAUSES,
+  Finding,
+  Report,
+  sort_by_clause,
+)
 
-# By how many roundings two programs of the same numbers may differ. Those of
-# half precision are large, and most of a program is computed without them.
+# By how many roundings two programs of the same numbers may differ. In half
+# precision a rounding is large, but most of a program computes in float32.
 _ROUNDINGS, _ROUNDINGS_OF_HALF = 32.0, 8.0
 # How many numbers a batch of poisoned arrays may have.
 _BATCH = 2**21
 
 
-# Why a clause is not tried, if nothing else is known.
-_NOTHING = {
+# The default reason for a clause that was not tried.
+_WHY_UNTRIED = {
   **dict.fromkeys(CLAUSES, "there is nothing to try it on"),
   "masked_label": "no integer argument names a class of which a mask has some",
-  "honesty": "no gradient tells which elements count",
+  "honesty": "no gradient shows which elements count",
   "compaction": "no mask leaves data of a shape that the loss takes",
 }
 
 
-class Findings:
-  """What was found so far, one example of each kind, and what was tried."""
+class FindingLog:
+  """Collects the findings of a check, one of each kind, for its `Report`."""
 
   def __init__(self, skip: Sequence[str]):
     self.skip = frozenset(skip)
@@ -81,7 +86,7 @@ class Findings:
     return True
 
   def report(self, name: str, seconds: float, data: str) -> Report:
-    findings = in_order(self.found.values())
+    findings = sort_by_clause(self.found.values())
     broken = {finding.clause for finding in findings}
     clauses = {}
     for clause in CLAUSES:
@@ -92,7 +97,7 @@ class Findings:
       elif clause in self.tried:
         clauses[clause] = "kept"
       else:
-        clauses[clause] = self.reasons.get(clause, _NOTHING[clause])
+        clauses[clause] = self.reasons.get(clause, _WHY_UNTRIED[clause])
     return Report(name, findings, clauses, self.cases, seconds, data)
 
 
@@ -113,7 +118,7 @@ def _error(error: BaseException) -> str:
 class Checker:
   """The checks of a loss on the data of one dtype."""
 
-  def __init__(self, problem: Problem, findings: Findings):
+  def __init__(self, problem: Problem, findings: FindingLog):
     self.problem = problem
     self.findings = findings
     self.options = problem.options
@@ -165,8 +170,8 @@ class Checker:
     self.derivatives = len({q.derivative for q in self.quantities})
     plain = program(problem.call, self.parts, problem.floats)
     self._evaluate = jax.jit(plain) if self.compiled else plain
-    self.masks = masks(problem)
-    # How numbers that two programs compute may differ: by roundings of these.
+    self.masks = make_masks(problem)
+    # The results without a mask: the size of a rounding is relative to them.
     self.usual = self.evaluate(self.values, self.everything)
     self.clean = {
       name: self.evaluate(self.values, where)
@@ -185,7 +190,7 @@ class Checker:
       self._check_in_python()
       self._check_eager()
 
-  # What the checks are made of.
+  # Tools of the checks.
 
   def evaluate(
     self, values: Sequence[Any], where: np.ndarray, tangents: Any = None
@@ -229,7 +234,7 @@ class Checker:
     return describe
 
   def _replace_what_is_not_finite(self) -> None:
-    """Gives numbers to what padding holds, for the masks that include it."""
+    """Replaces NaN and bad labels in padding, which some masks include."""
     problem = self.problem
     for i, a in enumerate(problem.arguments):
       masked = problem.masked(problem.where, i)
@@ -254,7 +259,7 @@ class Checker:
         for i, a in enumerate(problem.arguments):
           if a.floating:
             problem.replace(i, problem.masked(problem.where, i))
-    except Exception:  # What it refuses is found below.
+    except Exception:  # The checks below find what the loss refuses.
       return
 
   def _unmasked(self) -> Callable[..., Any] | None:
@@ -276,10 +281,10 @@ class Checker:
         reason = f"it returns the shape {value.shape}"
       except Exception as error:
         reason = reason or _error(error)
-    told = "the loss needs a mask, and no `reference` was given"
+    why_untried = "the loss needs a mask, and no `reference` was given"
     if self.options.reference is not None:
-      told = f"the reference does not run: {reason}"
-    self.findings.reasons["identity"] = told
+      why_untried = f"the reference does not run: {reason}"
+    self.findings.reasons["identity"] = why_untried
     return None
 
   def _parts(self) -> list[str]:
@@ -353,7 +358,7 @@ class Checker:
 
   def what(self, quantity: Quantity, index: Sequence[int]) -> str:
     """A quantity at an index, in words."""
-    text = quantity.what
+    text = quantity.label
     if quantity.wrt is not None:
       name = self.problem.arguments[quantity.wrt].name
       text += f" with respect to `{name}`"
@@ -382,7 +387,7 @@ class Checker:
     problem, clean = self.problem, self.clean[name]
     left = self.examples_left(where)
     for quantity, got in zip(self.quantities, clean, strict=True):
-      if quantity.wrt is None and not quantity.again:
+      if quantity.wrt is None and not quantity.repeats_value:
         self._check_zero(
           "empty",
           quantity,
@@ -425,7 +430,7 @@ class Checker:
       lambda values: [
         (quantity, got, clean[0])
         for quantity, got in zip(self.quantities, clean, strict=True)
-        if quantity.again
+        if quantity.repeats_value
       ],
       "Under differentiation, {what} is {got}; by itself it is {expected}.",
     )
@@ -443,12 +448,12 @@ class Checker:
       for quantity, got, usual in zip(
         self.quantities, results, clean, strict=True
       ):
-        if quantity.what == "the tangent" or quantity.derivative == "hessian":
+        if quantity.label == "the tangent" or quantity.derivative == "hessian":
           self._check_zero(
             "zero_gradient",
             quantity,
             got,
-            np.isfinite(usual),  # What overflows does so by itself.
+            np.isfinite(usual),  # Others overflow without a direction, too.
             name,
             where,
             "in the direction of the masked elements of"
@@ -513,7 +518,7 @@ class Checker:
       if not lost.any():
         continue
       for quantity, got in zip(self.quantities, self.clean[name], strict=True):
-        if quantity.again:
+        if quantity.repeats_value:
           continue
         region = lost
         if quantity.wrt is not None:
@@ -536,10 +541,12 @@ class Checker:
 
   def _check_poisons(self, name: str, where: np.ndarray) -> None:
     """Clauses 1 and 2: what masked elements hold changes nothing."""
-    for argument, poison, held in self.poisonings(where):
-      values = self.poisoned(where, argument, held)
+    for argument, poison, poison_value in self.poisonings(where):
+      values = self.poisoned(where, argument, poison_value)
       got = self.evaluate(values, where)
-      self._compare(name, where, argument, poison, held, self.clean[name], got)
+      self._compare(
+        name, where, argument, poison, poison_value, self.clean[name], got
+      )
 
   def poisonings(
     self, where: np.ndarray
@@ -547,23 +554,25 @@ class Checker:
     """Each argument with something masked, and each poison for it."""
     for i, a in enumerate(self.problem.arguments):
       if self.problem.masked(where, i).any():
-        for poison, held in poisons(a.value.dtype, self.classes).items():
-          yield i, poison, held
+        for poison, poison_value in poisons(
+          a.value.dtype, self.classes
+        ).items():
+          yield i, poison, poison_value
 
   def poisoned(
     self,
     where: np.ndarray,
     argument: int,
-    held: np.ndarray,
+    poison_value: np.ndarray,
     element: tuple[int, ...] | None = None,
   ) -> list[np.ndarray]:
     """The data with a poison in what is masked, or in one element of it."""
     values = list(self.values)
     replaced = np.array(values[argument])
     if element is None:
-      replaced[self.problem.masked(where, argument)] = held
+      replaced[self.problem.masked(where, argument)] = poison_value
     else:
-      replaced[element] = held
+      replaced[element] = poison_value
     values[argument] = replaced
     return values
 
@@ -573,7 +582,7 @@ class Checker:
     where: np.ndarray,
     argument: int,
     poison: str,
-    held: np.ndarray,
+    poison_value: np.ndarray,
     clean: list[np.ndarray],
     got: list[np.ndarray],
     transform: str | None = None,
@@ -587,7 +596,7 @@ class Checker:
     named = problem.arguments[argument].name
     for quantity, before, after in zip(listed, clean, got, strict=True):
       wrong = ~((after == before) | np.isnan(before))
-      if not wrong.any() or (quantity.again and wrong_value):
+      if not wrong.any() or (quantity.repeats_value and wrong_value):
         continue
       wrong_value |= quantity.part == "value"
       masked = np.zeros(wrong.shape, bool)
@@ -609,7 +618,7 @@ class Checker:
           index=index,
         ):
           element = self._culprit(
-            where, argument, held, quantity, index, transform
+            where, argument, poison_value, quantity, index, transform
           )
           holds = f"`{named}` holds {poison}" + (
             f"{_at(element)}, which is masked"
@@ -637,7 +646,7 @@ class Checker:
             **self.blame(
               quantity,
               after[index],
-              self.poisoned(where, argument, held, element),
+              self.poisoned(where, argument, poison_value, element),
               where,
               against=self.values,
             ),
@@ -662,7 +671,7 @@ class Checker:
               **self.blame(
                 quantity,
                 after[index],
-                self.poisoned(where, argument, held),
+                self.poisoned(where, argument, poison_value),
                 where,
                 against=self.values,
               ),
@@ -674,7 +683,7 @@ class Checker:
     self,
     where: np.ndarray,
     argument: int,
-    held: np.ndarray,
+    poison_value: np.ndarray,
     quantity: Quantity,
     index: tuple[int, ...],
     transform: str | None,
@@ -688,8 +697,8 @@ class Checker:
       return None
     position = self.quantities.index(quantity)
     clean = self.evaluate(self.values, where)[position]
-    for i in spread(len(elements), 64):
-      values = self.poisoned(where, argument, held, elements[i])
+    for i in evenly_spaced(len(elements), 64):
+      values = self.poisoned(where, argument, poison_value, elements[i])
       got = self.evaluate(values, where)[position]
       if not (got[index] == clean[index] or np.isnan(clean[index])):
         return elements[i]
@@ -815,22 +824,22 @@ class Checker:
     message: str,
     transform: str | None = None,
   ) -> None:
-    """Compares what two programs make of the same data, up to rounding.
+    """Compares the results of two programs on the same data, up to rounding.
 
-    A derivative at a kink depends on how the numbers were rounded: it has to
-    differ beside it, too.
+    A derivative at a kink depends on rounding: a difference counts only if
+    there is one on slightly different data, too.
     """
     self.findings.tried.add(clause)
     beside = None
     for i, (quantity, got, expected) in enumerate(pairs(self.values)):
-      # What is not finite without a mask is no number to compare with.
+      # An expected NaN or infinity is no number to compare with.
       wrong = self._differ(got, expected, quantity) & np.isfinite(expected)
       if quantity.derivative == "hessian":
-        # Its terms cancel by more than can be told from what is computed.
+        # Its terms may cancel by more than the computed sizes show.
         wrong &= ~np.isfinite(got)
       if not wrong.any():
         continue
-      if quantity.wrt is not None or quantity.what == "the tangent":
+      if quantity.wrt is not None or quantity.label == "the tangent":
         beside = beside or pairs(self.nearby)
         if not self._differ(beside[i][1], beside[i][2], quantity).any():
           continue
@@ -855,10 +864,10 @@ class Checker:
     return self._known_roles[axis]
 
   def _find_roles(self, axis: int) -> str | None:
-    """What integers without an axis of the data have to do with it.
+    """The role of the integer arguments without an axis of the data.
 
-    They name a class along it if moving the classes, and the names with them,
-    changes nothing, and are free of it if moving the classes alone does not.
+    They are "free" if the loss stays the same when the entries along the axis
+    move. They name a "class" if it stays the same when the integers move, too.
     """
     problem = self.problem
     moved, renamed = [], []
@@ -899,9 +908,9 @@ class Checker:
       )
     ]
     results = self.evaluate(self.values, self.everything, tangents)
-    told = False
+    compared = False
     for quantity, got in zip(self.quantities, results, strict=True):
-      if quantity.what == "the tangent" and self.axes:
+      if quantity.label == "the tangent" and self.axes:
         others = ~first(self.axes, got.shape)
       elif quantity.part == "forward over reverse" and not self.axes:
         axes = problem.arguments[quantity.wrt or 0].axes
@@ -910,10 +919,10 @@ class Checker:
         others = ~first(axes, got.shape)
       else:
         continue
-      told = True
+      compared = True
       if np.abs(got[others]).max(initial=0) > 1e-6 * np.abs(got).max(initial=0):
         return False
-    return told
+    return compared
 
   def _differ(
     self, got: np.ndarray, expected: np.ndarray, quantity: Quantity
@@ -926,11 +935,11 @@ class Checker:
     return ~((np.abs(got - expected) <= room) | (got == expected))
 
   def _size(self, quantity: Quantity) -> float:
-    """The size of the numbers that a quantity is made of.
+    """The size of the terms that a quantity is the sum of.
 
-    They may cancel, and so it is the largest under any of the masks. A loss is
-    made of terms as large as its gradient times the data, and its gradient of
-    such as large as that, over the data.
+    Terms may cancel, and so the size is the largest under any of the masks. The
+    terms of a loss are as large as its gradient times the data. The terms of a
+    gradient are as large as those of the loss, divided by the data.
     """
     if quantity not in self._sizes:
       self._sizes[quantity] = self._find_size(quantity)
@@ -1048,8 +1057,8 @@ class Checker:
         kept = [
           tuple(map(int, e)) for e in np.argwhere(~problem.masked(where, i))
         ]
-        for element in (kept[k] for k in spread(len(kept), 4)):
-          # What has no slope there may be a threshold, or not be used at all.
+        for element in (kept[k] for k in evenly_spaced(len(kept), 4)):
+          # An element without a slope may be a threshold, or be unused.
           if i not in gradients or not self.clean[name][gradients[i]][element]:
             continue
           self._check_comes_out(value, name, where, i, element)
@@ -1082,10 +1091,10 @@ class Checker:
           for kind in (np.isnan, np.isposinf, np.isneginf)
         )
         message = (
-          f"When {holds}, the loss is {_some(got)}; without a mask it is"
-          f" {_some(plain)}."
+          f"When {holds}, the loss is {_first_nonfinite(got)}; without a mask"
+          f" it is {_first_nonfinite(plain)}."
         )
-        expected = _some(plain)
+        expected = _first_nonfinite(plain)
       else:
         continue
       if wrong:
@@ -1099,7 +1108,7 @@ class Checker:
             "poison": str(poison),
             "mask": name,
             "where": where.tolist() if where.size <= 256 else None,
-            "got": _some(got),
+            "got": _first_nonfinite(got),
             "expected": expected,
           }
 
@@ -1146,7 +1155,7 @@ class Checker:
     where: np.ndarray,
     against: Sequence[Any] | None = None,
   ) -> dict[str, Any]:
-    """Where a wrong number arose, if that can be told."""
+    """The operation in which a wrong number arose, if it can be found."""
     if against is None and np.isfinite(got):
       return {}
     position = self.quantities.index(quantity)
@@ -1167,7 +1176,7 @@ class Checker:
       step = _trace.first(steps, outputs[position], wrong)
     except Exception:  # Of a loss that does not compile, or a newer JAX.
       return {}
-    return {} if step is None else _told(step)
+    return {} if step is None else _step_facts(step)
 
   def _check_arithmetic(self) -> None:
     """Clause 7: no NaN or infinity is computed because of a mask."""
@@ -1250,7 +1259,7 @@ class Checker:
         "poison": poison,
         **self.facts(name, where, number, 0),
         "expected": "a finite number",
-        **_told(step),
+        **_step_facts(step),
       }
 
     self.add("clean_arithmetic", quantity, describe, argument)
@@ -1264,7 +1273,7 @@ class Checker:
       for poisoning in self.poisonings(where)
     ]
     most = max(4, _BATCH // (problem.size + problem.where.size))
-    tried = [tried[i] for i in spread(len(tried), most)]
+    tried = [tried[i] for i in evenly_spaced(len(tried), most)]
     names = list(self.masks)[:most]
     wheres = np.stack(
       [*(self.masks[name] for name in names), *(each[1] for each in tried)]
@@ -1305,8 +1314,8 @@ class Checker:
     got = lanes(
       [self.values] * len(names)
       + [
-        self.poisoned(where, argument, held)
-        for _, where, argument, _, held in tried
+        self.poisoned(where, argument, poison_value)
+        for _, where, argument, _, poison_value in tried
       ]
     )
     for lane, name in enumerate(names):
@@ -1331,13 +1340,13 @@ class Checker:
       equal = (before == after) | np.isnan(before)
       same &= equal.reshape(len(wheres), -1).all(-1)
     for lane in map(int, np.flatnonzero(~same)):
-      name, where, argument, poison, held = tried[lane - len(names)]
+      name, where, argument, poison, poison_value = tried[lane - len(names)]
       self._compare(
         name,
         where,
         argument,
         poison,
-        held,
+        poison_value,
         [x[lane] for x in clean],
         [x[lane] for x in got],
         "vmap",
@@ -1370,12 +1379,14 @@ class Checker:
       "eager",
     )
     clean = one_by_one(self.values)
-    for argument, poison, held in self.poisonings(where):
-      got = one_by_one(self.poisoned(where, argument, held))
-      self._compare(name, where, argument, poison, held, clean, got, "eager")
+    for argument, poison, poison_value in self.poisonings(where):
+      got = one_by_one(self.poisoned(where, argument, poison_value))
+      self._compare(
+        name, where, argument, poison, poison_value, clean, got, "eager"
+      )
 
   def _check_in_python(self) -> None:
-    """The loss called as it is, which may do other things than when traced."""
+    """Calls the loss itself: on concrete arrays it may do other things."""
     where, floats = self.problem.where, self.problem.floats
     parts = [p for p in ("value", "vjp") if p in self.parts]
     at = [i for i, q in enumerate(self.quantities) if q.part in parts]
@@ -1391,9 +1402,9 @@ class Checker:
 
     try:
       clean = value(self.values), derivatives(self.values)
-      for argument, poison, held in self.poisonings(where):
-        values = self.poisoned(where, argument, held)
-        same = "as given", where, argument, poison, held
+      for argument, poison, poison_value in self.poisonings(where):
+        values = self.poisoned(where, argument, poison_value)
+        same = "as given", where, argument, poison, poison_value
         self._compare(*same, clean[0], value(values), "eager", [0])
         if poison == "nan":
           self._compare(*same, clean[1], derivatives(values), "eager", at)
@@ -1417,7 +1428,7 @@ def _sizes(jaxpr: Any) -> set[int]:
 def _written_size(
   call: Callable[..., Any], compact: Compact, checker: Checker
 ) -> int | None:
-  """A size of the data that the loss has, whatever the size of the data."""
+  """A size of the full data that the loss keeps for smaller data."""
   given = set(itertools.chain(*(x.shape for x in compact.values)))
   gone = set(checker.problem.shape) - given - {1}
   if not gone:
@@ -1443,7 +1454,7 @@ def _written_size(
 
 
 def _looks_for_nan(jaxpr: Any) -> bool:
-  """Whether a program asks if a number is one, as nan_to_num does."""
+  """Whether a program tests for NaN, as nan_to_num does."""
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     if name == "is_finite":
@@ -1464,17 +1475,17 @@ def _programs_in(eqn: Any) -> Iterator[Any]:
       yield parameter
 
 
-def _told(step: _trace.Step) -> dict[str, Any]:
+def _step_facts(step: _trace.Step) -> dict[str, Any]:
   place, code = _trace.source(step)
   return {"primitive": step.primitive, "source": place, "code": code}
 
 
-def _some(x: np.ndarray) -> str:
-  """A number, or the first number of some that is not finite."""
+def _first_nonfinite(x: np.ndarray) -> str:
+  """The first entry that is not finite, or else the first entry, as text."""
   flat = np.ravel(np.asarray(x, "float64"))
   broken = flat[~np.isfinite(flat)]
   return _number((broken if broken.size else flat)[0]) if flat.size else "empty"
 
 
 class _NotALoss(Exception):
-  """What was returned is no loss."""
+  """The loss function returned something that is no loss."""

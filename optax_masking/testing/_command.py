@@ -1,4 +1,4 @@
-"""The half of the command that audits losses."""
+"""The command `audit`."""
 
 import argparse
 import importlib.metadata
@@ -21,25 +21,35 @@ from optax_masking._output import (
   check_writable,
   write,
 )
-from optax_masking.testing import _audit, _audit_formats
+from optax_masking.testing import Report, _audit, _audit_formats
 
 FORMATS = ("text", "markdown", "json", "github", "html")
 
 
-def add_to(commands: Any) -> None:
+Reports = dict[str, dict[str, Report]]
+
+
+def add_commands(commands: Any) -> None:
   parser = commands.add_parser(
     "audit",
     help="check losses for NaN gradients and mask leaks",
     description=(
       "Checks every loss of each TARGET against the mask contract, with many"
-      " masks, with NaN, infinity and other garbage in what is masked, and in"
+      " masks, with NaN, infinity and other garbage in masked elements, and in"
       " all derivatives."
     ),
     epilog=(
-      "Exit status: 0 if nothing was found (with --baseline: nothing new), 1"
-      " if something was, 2 if the command was used in a wrong way."
+      "Exit status: 0 without a finding (with --baseline: without a new one), 1"
+      " with findings, 2 if the command was used in a wrong way."
     ),
   )
+  _add_selection(parser)
+  _add_output(parser)
+  _add_baseline(parser)
+  parser.set_defaults(run=_run_audit, parser=parser)
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "target",
     nargs="*",
@@ -48,9 +58,9 @@ def add_to(commands: Any) -> None:
     help=(
       "optax, optax_masking (by default both, side by side), or"
       " package.module:name of a loss, of a MaskCase or a list of them, or of a"
-      " function that returns these. The arguments of a loss are guessed:"
-      " arrays of shape (4, 5), of integers of shape (4,) if they are named as"
-      " labels or an index, and a mask named where or mask"
+      " function that returns these. The audit guesses the arguments of a loss:"
+      " arrays of shape (4, 5), integers of shape (4,) for arguments that are"
+      " named as labels or an index, and a mask for where or mask"
     ),
   )
   parser.add_argument(
@@ -74,6 +84,9 @@ def add_to(commands: Any) -> None:
       " default one for each processor, and 1 on anything but a CPU"
     ),
   )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--format",
     choices=FORMATS,
@@ -83,7 +96,7 @@ def add_to(commands: Any) -> None:
   parser.add_argument(
     "--output",
     metavar="FILE",
-    help="write there, and not to the standard output",
+    help="write to FILE, not to the standard output",
   )
   parser.add_argument(
     "--also",
@@ -92,91 +105,120 @@ def add_to(commands: Any) -> None:
     metavar="FORMAT=FILE",
     help="write another format of the same audit; may be repeated",
   )
+
+
+def _add_baseline(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--baseline",
     metavar="FILE",
-    help="known findings, which do not count; those that are gone are told",
+    help=(
+      "known findings, which do not count; the report lists those that are gone"
+    ),
   )
   parser.add_argument(
     "--update-baseline",
     action="store_true",
     help=(
-      "write what is found to the baseline, in the place of what it has of the"
-      " same losses, and exit with 0"
+      "replace the findings that the baseline has of the audited losses by"
+      " those of this audit, and exit with 0"
     ),
   )
-  parser.set_defaults(run=_run_audit, parser=parser)
 
 
-def _run_audit(given: argparse.Namespace) -> int:
-  if given.update_baseline and not given.baseline:
+def _run_audit(args: argparse.Namespace) -> int:
+  if args.update_baseline and not args.baseline:
     raise UsageError("--update-baseline needs --baseline FILE")
-  also = [_format_and_file(each) for each in given.also]
-  _check_page(given.format, given.also)
-  known = None
-  if given.baseline and not given.update_baseline:
-    known = _read_baseline(given.baseline, given.quick)
-  targets = list(dict.fromkeys(given.target))
-  losses = []
-  try:
-    for target in targets:
-      losses += _audit.losses_of(target, given.loss)
-  except _audit.TargetError as error:
-    raise UsageError(str(error)) from None
-  for file in (*(file for _, file in also), given.output, given.baseline):
+  also = [_format_and_file(each) for each in args.also]
+  _check_page(args.format, args.also)
+  baseline: set[str] | None = None
+  if args.baseline and not args.update_baseline:
+    baseline = _read_baseline(args.baseline, args.quick)
+  losses = _find_losses(args)
+  for file in (*(file for _, file in also), args.output, args.baseline):
     if file is not None:
       check_writable(file)
-
-  jobs = given.jobs
-  if jobs is None:
-    jobs = _processors() if jax.default_backend() == "cpu" else 1
-  if jobs < 1:
-    raise UsageError(f"--jobs must be 1 or more, but is {jobs}")
-  # In the order of the losses, whichever is done first.
-  reports: dict[str, dict[str, Any]] = {target: {} for target in targets}
-  for loss in losses:
-    reports[loss.target][loss.name] = None
-  progress = _Progress(len(losses))
-  progress.tell(0, f"{losses[0].target} {losses[0].name}")
-  try:
-    for done, (loss, report) in enumerate(
-      _audit.checked(losses, given.quick, jobs), 1
-    ):
-      reports[loss.target][loss.name] = report
-      progress.tell(done, f"{loss.target} {loss.name}")
-  except _audit.TargetError as error:
-    raise UsageError(str(error)) from None
-  finally:
-    progress.end()
+  reports = _check_losses(losses, args.quick, _jobs(args.jobs))
 
   found = {
     _audit_formats.identify(target, name, finding)
-    for target, its_reports in reports.items()
-    for name, report in its_reports.items()
+    for target, reports_by_loss in reports.items()
+    for name, report in reports_by_loss.items()
     for finding in report.findings
   }
   new: frozenset[str] | None = None
   gone: tuple[str, ...] = ()
-  checked = tuple(f"{loss.target}/{loss.name}/" for loss in losses)
-  if known is not None:
-    new = frozenset(found - known)
-    gone = tuple(sorted(e for e in known - found if e.startswith(checked)))
-  audit = _audit_formats.Audit(reports, _versions(), new, gone, given.quick)
-  for name, file in (*also, (given.format, given.output)):
+  audited = tuple(f"{loss.target}/{loss.name}/" for loss in losses)
+  if baseline is not None:
+    new = frozenset(found - baseline)
+    gone = tuple(sorted(e for e in baseline - found if e.startswith(audited)))
+  audit = _audit_formats.Audit(reports, _versions(), new, gone, args.quick)
+  for name, file in (*also, (args.format, args.output)):
     write(_formatted(audit, name, file), file)
-  if given.update_baseline:
-    kept: set[str] = set()
-    if os.path.exists(given.baseline):
-      kept = _read_baseline(given.baseline, given.quick)
-    others = {each for each in kept if not each.startswith(checked)}
-    _write_baseline(given.baseline, found | others, given.quick)
-    print(
-      f"{given.baseline}: {len(found)} findings of these losses,"
-      f" {len(others)} of others",
-      file=sys.stderr,
-    )
+  if args.update_baseline:
+    _update_baseline(args, found, audited)
     return 0
   return 1 if (found if new is None else new) else 0
+
+
+def _find_losses(args: argparse.Namespace) -> list[_audit.Loss]:
+  losses = []
+  try:
+    for target in dict.fromkeys(args.target):
+      losses += _audit.find_losses(target, args.loss)
+  except _audit.TargetError as error:
+    raise UsageError(str(error)) from None
+  return losses
+
+
+def _jobs(requested: int | None) -> int:
+  if requested is None:
+    return _processors() if jax.default_backend() == "cpu" else 1
+  if requested < 1:
+    raise UsageError(f"--jobs must be 1 or more, but is {requested}")
+  return requested
+
+
+def _check_losses(
+  losses: Sequence[_audit.Loss], quick: bool, jobs: int
+) -> Reports:
+  """Checks losses; returns their reports by target and name, in their order."""
+  done: dict[tuple[str, str], Report] = {}
+  progress = _Progress(len(losses))
+  progress.show(0, f"{losses[0].target} {losses[0].name}")
+  try:
+    for loss, report in _audit.check_losses(losses, quick, jobs):
+      done[loss.target, loss.name] = report
+      progress.show(len(done), f"{loss.target} {loss.name}")
+  except _audit.TargetError as error:
+    raise UsageError(str(error)) from None
+  finally:
+    progress.end()
+  reports: Reports = {loss.target: {} for loss in losses}
+  for loss in losses:
+    reports[loss.target][loss.name] = done[loss.target, loss.name]
+  return reports
+
+
+def _update_baseline(
+  args: argparse.Namespace, found: set[str], audited: tuple[str, ...]
+) -> None:
+  """Writes the findings to the baseline, which keeps those of other losses.
+
+  Args:
+    args: The options of the command.
+    found: The identifiers of the findings.
+    audited: The beginnings of the identifiers of all audited losses.
+  """
+  before: set[str] = set()
+  if os.path.exists(args.baseline):
+    before = _read_baseline(args.baseline, args.quick)
+  others = {each for each in before if not each.startswith(audited)}
+  _write_baseline(args.baseline, found | others, args.quick)
+  print(
+    f"{args.baseline}: {len(found)} findings of these losses, {len(others)} of"
+    " others",
+    file=sys.stderr,
+  )
 
 
 def _format_and_file(also: str) -> tuple[str, str]:
@@ -233,9 +275,9 @@ def _processors() -> int:
 def _read_baseline(file: str, quick: bool) -> set[str]:
   try:
     content = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
-    findings, of_quick = content["findings"], content["quick"]
+    findings, baseline_is_quick = content["findings"], content["quick"]
     if content["schema"] != 1 or not isinstance(findings, list):
-      raise ValueError("it has another schema")
+      raise ValueError("its schema is not 1")
   except FileNotFoundError:
     raise UsageError(
       f"there is no {file}; write it with --baseline {file} --update-baseline"
@@ -245,10 +287,10 @@ def _read_baseline(file: str, quick: bool) -> set[str]:
       f"{file} is no baseline ({type(error).__name__}: {error}); write one with"
       f" --baseline FILE --update-baseline"
     ) from None
-  if of_quick != quick:
+  if baseline_is_quick != quick:
+    audit, use = ("quick", "with") if baseline_is_quick else ("full", "without")
     raise UsageError(
-      f"{file} is the baseline of {'a quick' if of_quick else 'a full'} audit;"
-      f" use it {'with' if of_quick else 'without'} --quick"
+      f"{file} is the baseline of a {audit} audit; use it {use} --quick"
     )
   return set(map(str, findings))
 
@@ -265,16 +307,16 @@ def _write_baseline(file: str, found: set[str], quick: bool) -> None:
 
 
 class _Progress:
-  """Tells on the standard error how far a long run is."""
+  """Shows on the standard error how far a long run is."""
 
-  seconds_between = 30.0  # Where it is not a terminal.
+  seconds_between = 30.0  # If the standard error is no terminal.
 
   def __init__(self, total: int):
     self.total = total
     self.terminal = sys.stderr.isatty()
     self.last = time.monotonic()
 
-  def tell(self, done: int, name: str) -> None:
+  def show(self, done: int, name: str) -> None:
     text = f"[{done}/{self.total}] {name}"
     if self.terminal:
       sys.stderr.write(f"\r\x1b[K{text}")

@@ -8,18 +8,20 @@ import numpy as np
 
 from optax_masking.testing._case import Axes, Problem
 
-# Tells of the integer arguments without an axis of the data whether they are
-# "free" of it, name a "class" along it, or neither, which is None.
+# A function of an axis of the data. For the integer arguments without this axis
+# it returns "class" if they name classes along the axis, "free" if the axis
+# does not concern them, and None otherwise.
 Roles = Callable[[int], str | None]
 Taking = Callable[[np.ndarray], np.ndarray]
 T = TypeVar("T")
 
 
 class Compact(NamedTuple):
-  """Smaller data, and how to take what is left of the larger ones.
+  """Data without their masked elements.
 
-  `left_of` has for each argument what takes the part that is left of an array
-  of its shape, or None if no part is an argument's of the smaller data.
+  `left_of` has for each argument a function that takes, from an array of its
+  shape, the part that the smaller data keep; None if they keep no such part.
+  `left_of_result` does the same for the result.
   """
 
   values: list[np.ndarray]
@@ -49,8 +51,8 @@ def compactions(
     where: The mask.
     result_axes: Which axes of the data the result has, None if unknown.
     result_shape: The shape of the result.
-    roles: What integer arguments have to do with an axis that they lack.
-    separate: Whether the slices along an axis do not meet in the loss.
+    roles: The role of integer arguments for an axis that they lack.
+    separate: Whether the loss computes each slice along an axis on its own.
 
   Yields:
     A `Compact` if the mask takes whole indices out of one axis; or one for each

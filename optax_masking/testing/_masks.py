@@ -1,4 +1,4 @@
-"""The masks that are tried, and what masked elements hold."""
+"""The masks that a check tries, and the poisons for masked elements."""
 
 import re
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ import numpy as np
 from optax_masking.testing._case import LARGE, Problem
 
 
-def spread(count: int, samples: int) -> list[int]:
-  """At most so many of the numbers below a count, the first and the last."""
+def evenly_spaced(count: int, samples: int) -> list[int]:
+  """Spreads at most `samples` numbers evenly over `range(count)`."""
   if count <= samples:
     return list(range(count))
   return sorted({round(i) for i in np.linspace(0, count - 1, samples)})
 
 
-def masks(problem: Problem) -> dict[str, np.ndarray]:
-  """Masks of the given one's shape, by name, those that tell most first."""
+def make_masks(problem: Problem) -> dict[str, np.ndarray]:
+  """Masks of the given mask's shape by name, the most revealing ones first."""
   given, kinds = problem.where, problem.options.masks
-  # Of large data one element is tried, and one row.
+  # Large data take long: there may be time for one element and one row alone.
   samples = max(1, min(problem.options.samples, LARGE // max(1, problem.size)))
   found: dict[str, np.ndarray] = {}
 
@@ -34,27 +34,27 @@ def masks(problem: Problem) -> dict[str, np.ndarray]:
 
   elements = [
     tuple(map(int, np.unravel_index(i, given.shape)))
-    for i in spread(given.size, samples)
+    for i in evenly_spaced(given.size, samples)
   ]
   if "elements" in kinds and given.ndim:
     for e in elements:
       add(f"all but the element {list(e)}", without(e))
   if "rows" in kinds and given.ndim > 1:
-    for i in spread(given.shape[0], samples):
+    for i in evenly_spaced(given.shape[0], samples):
       add(f"all but the row [{i}]", without((i,)))
   if "columns" in kinds:
     for axis in range(1, given.ndim):
-      for i in spread(given.shape[axis], samples):
+      for i in evenly_spaced(given.shape[axis], samples):
         column = ":, " * axis + str(i) + ", :" * (given.ndim - axis - 1)
         add(
           f"all but the column [{column}]",
           without((slice(None),) * axis + (i,)),
         )
   if "columns" in kinds and given.ndim > 1 and given.shape[-1] > 1:
-    # Another element of each row, for what depends on how many are left.
+    # As many elements are left in each row, but not the same ones.
     where = np.ones(given.shape, bool).reshape(-1, given.shape[-1])
     rows = np.arange(len(where))
-    where[rows, unlabelled(problem, rows)] = False
+    where[rows, unlabeled_columns(problem, rows)] = False
     add("all but one element of each row", where.reshape(given.shape))
   if "rows" in kinds and given.ndim and given.shape[0] > 2:
     add("every other row", without((slice(None, None, 2),)))
@@ -64,7 +64,7 @@ def masks(problem: Problem) -> dict[str, np.ndarray]:
     for e in elements:
       add(f"the element {list(e)} alone", ~without(e))
   if "rows" in kinds and given.ndim > 1:
-    for i in spread(given.shape[0], samples):
+    for i in evenly_spaced(given.shape[0], samples):
       add(f"the row [{i}] alone", ~without((i,)))
   if "none" in kinds:
     add("nothing included", np.zeros(given.shape, bool))
@@ -76,7 +76,7 @@ def masks(problem: Problem) -> dict[str, np.ndarray]:
 def few_of_each_kind(
   found: dict[str, np.ndarray], most: int = 3
 ) -> dict[str, np.ndarray]:
-  """Some of the masks, of each kind."""
+  """The first masks of each kind: names of a kind differ in numbers alone."""
   kinds: dict[str, int] = {}
   few = {}
   for name, where in found.items():
@@ -87,8 +87,8 @@ def few_of_each_kind(
   return few
 
 
-def unlabelled(problem: Problem, rows: np.ndarray) -> np.ndarray:
-  """A column for each row of the mask, none that an integer argument names."""
+def unlabeled_columns(problem: Problem, rows: np.ndarray) -> np.ndarray:
+  """For each row of the mask a column that no integer argument names."""
   classes = problem.where.shape[-1]
   columns = (rows + 1) % classes
   labels = [
@@ -105,7 +105,7 @@ def unlabelled(problem: Problem, rows: np.ndarray) -> np.ndarray:
 
 
 def poisons(dtype: np.dtype, classes: int) -> dict[str, np.ndarray]:
-  """What a masked element may hold, by name."""
+  """Values to put into masked elements, by name."""
   if np.issubdtype(dtype, np.bool_):
     values: Sequence = (True, False)
   elif jnp.issubdtype(dtype, jnp.integer):

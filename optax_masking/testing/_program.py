@@ -17,28 +17,32 @@ PARTS = {
 
 
 class Quantity(NamedTuple):
-  """What one output of the program is.
+  """A description of one output of the program.
 
-  `wrt` is the position of the argument that the derivative is with respect to.
-  It is None for what has the shape of the loss. `again` tells that it is the
-  value, as differentiation returns it.
+  Attributes:
+    derivative: `"value"`, `"vjp"`, `"jvp"` or `"hessian"`.
+    part: The part of `PARTS` that computes it.
+    wrt: The position of the argument that a gradient or a Hessian is with
+      respect to. None for a value or a tangent, which have the loss's shape.
+    label: The quantity in words, such as `"the gradient"`.
   """
 
   derivative: str
   part: str
   wrt: int | None
-  what: str
+  label: str
 
   @property
-  def again(self) -> bool:
-    return self.what == "the value" and self.part != "value"
+  def repeats_value(self) -> bool:
+    """Whether it is the value of the loss, as a derivative returns it."""
+    return self.label == "the value" and self.part != "value"
 
 
 def quantities(parts: Sequence[str], floats: Sequence[int]) -> list[Quantity]:
-  """What the outputs of `program` are, in their order."""
+  """Describes the outputs of `program`, in their order."""
   listed = []
-  for derivative, its_parts in PARTS.items():
-    for part in its_parts:
+  for derivative, parts_of_derivative in PARTS.items():
+    for part in parts_of_derivative:
       if part not in parts:
         continue
       if part in ("value", "vjp"):
@@ -51,13 +55,13 @@ def quantities(parts: Sequence[str], floats: Sequence[int]) -> list[Quantity]:
           Quantity(derivative, part, f, "the gradient") for f in floats
         ]
       if derivative == "hessian":
-        what = f"the Hessian ({part}) times a direction"
-        listed += [Quantity(derivative, part, f, what) for f in floats]
+        label = f"the Hessian ({part}) times a direction"
+        listed += [Quantity(derivative, part, f, label) for f in floats]
   return listed
 
 
 def cotangent(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """A weight for each entry of a loss, no two the same."""
+  """Weights for the entries of a loss, no two the same."""
   size = int(np.prod(shape))
   return np.linspace(0.5, 1.5, size).reshape(shape).astype(dtype)
 
@@ -65,16 +69,16 @@ def cotangent(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def program(
   call: Callable[..., Any], parts: Sequence[str], floats: Sequence[int]
 ) -> Callable[..., list[jax.Array]]:
-  """Makes a function of all that is to be computed of a loss.
+  """Makes a function that computes a loss and its derivatives.
 
   Args:
     call: The loss, of a list of arrays and keywords.
-    parts: Which of the parts of `PARTS`.
+    parts: The parts of `PARTS` to compute.
     floats: Positions of the floating arrays.
 
   Returns:
-    A function `run(values, tangents, weights, **keywords)`, where `weights`
-    None stands for `cotangent`.
+    A function `run(values, tangents, weights, **keywords)`. The weights are
+    the cotangent of the loss, by default `cotangent` of its shape.
   """
 
   def run(values, tangents, weights=None, **keywords):

@@ -1,4 +1,4 @@
-"""What a check of the mask contract found, as data and as text."""
+"""The findings of a check of the mask contract, as data and as text."""
 
 import dataclasses
 import textwrap
@@ -7,9 +7,9 @@ from typing import Any
 
 CLAUSES: Mapping[str, str] = {
   "accepts": "The loss runs with the mask, in each transformation.",
-  "invariance": "What a masked element holds never changes a result.",
+  "invariance": "The content of a masked element never changes a result.",
   "zero_gradient": "Derivatives with respect to masked elements are 0.",
-  "compaction": "The rest is the loss of the data without what is masked.",
+  "compaction": "The result is the loss of the data without masked elements.",
   "empty": "A slice with nothing included is 0.",
   "masked_label": "An example whose own class is masked is 0.",
   "identity": "A mask that masks nothing changes no number.",
@@ -25,16 +25,17 @@ class Finding:
 
   Attributes:
     clause: The clause, one of `CLAUSES`.
-    message: What was found, in a sentence with the numbers.
+    message: The fault in a sentence, with the numbers.
     argument: Name of the argument at fault: the one whose masked elements get
-      through, or whose derivative is wrong. None if it is the mask itself.
-    element: Index of the element of `argument`, None if it is not one alone.
+      through, or whose derivative is wrong. None if the mask itself is at
+      fault.
+    element: Index of the element of `argument`, None for several elements.
     mask: The mask that was tried, in words.
     where: The same mask, as nested lists of booleans.
-    poison: What the masked (for honesty: the included) element held, such as
-      `"nan"`. None if the data was clean.
+    poison: The content of the masked (for honesty: the included) element, such
+      as `"nan"`. None if the data were clean.
     derivative: `"value"`, `"vjp"`, `"jvp"` or `"hessian"`.
-    wrt: With respect to which argument the derivative is. None for a value.
+    wrt: The argument that the derivative is with respect to. None for a value.
     transform: `"eager"`, `"jit"` or `"vmap"`.
     dtype: The dtype of the floating arguments.
     got: The number that came out, as text, or the error.
@@ -65,7 +66,7 @@ class Finding:
 
   @property
   def key(self) -> str:
-    """What stays the same while the finding is known but not mended."""
+    """An identifier that baselines use: the same for other data and numbers."""
     parts = (self.clause, self.argument, self.derivative, self.wrt, self.dtype)
     return "/".join(part or "-" for part in parts)
 
@@ -84,47 +85,47 @@ class Finding:
       "arose in": self.primitive
       and f"`{self.primitive}`" + (f" at {self.source}" if self.source else ""),
       "code": self.code,
-      "fails in": _cases(self.cases),
+      "fails in": _count_cases(self.cases),
     }
     for name, text in details.items():
       if text:
         lines.append(_wrapped(name, text))
     return "\n".join(lines)
 
-  def told_briefly(self) -> str:
-    """Which derivative is wrong, in a few words."""
+  def summary(self) -> str:
+    """The wrong derivative and its number, in a few words."""
     text = f"the {self.derivative or 'result'}"
     if self.wrt is not None:
       text += f" with respect to `{self.wrt}`"
     tried = ", ".join(filter(None, (self.transform, self.dtype)))
-    return f"{text} is {self.got} ({tried}, {_cases(self.cases)})"
+    return f"{text} is {self.got} ({tried}, {_count_cases(self.cases)})"
 
 
-def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def sort_by_clause(findings: Iterable[Finding]) -> tuple[Finding, ...]:
   """Findings in the order of their clauses."""
   order = list(CLAUSES)
   return tuple(sorted(findings, key=lambda f: order.index(f.clause)))
 
 
-def _cases(number: int) -> str:
+def _count_cases(number: int) -> str:
   return f"{number:,} case{'' if number == 1 else 's'}"
 
 
-def _advice(broken: Sequence[str]) -> Iterator[str]:
-  """How to go on."""
+def _how_to_fix(broken: Sequence[str]) -> Iterator[str]:
+  """Says how to fix a loss, or how to leave out the broken clauses."""
   if {"invariance", "zero_gradient"} & set(broken):
     yield _wrapped(
       "",
-      "To mend it, replace what is masked before anything is computed of it,"
-      " `x = jnp.where(where, x, 0)`, and the result once more where nothing is"
-      " included; `optax_masking.masked_inputs` does both. A select or a"
-      " product at the end alone leaves the gradient NaN.",
+      "To fix the loss, replace masked elements before it computes anything,"
+      " `x = jnp.where(where, x, 0)`, and once more replace the result where"
+      " nothing is included; `optax_masking.masked_inputs` does both. A select"
+      " or a product at the end alone leaves the gradient NaN.",
     ).strip()
   names = [clause for clause in broken if clause != "accepts"]
   if names:
     yield _wrapped(
       "",
-      "A clause that the loss does not mean to keep may be left out:"
+      "To leave out a clause that the loss does not mean to keep:"
       f" skip=({', '.join(map(repr, names))},).",
     ).strip()
 
@@ -142,16 +143,16 @@ def _wrapped(name: str, text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a check of a loss found.
+  """The result of a check of a loss.
 
   Attributes:
     name: The name of the loss.
-    findings: What breaks the contract, the clauses in their order.
-    clauses: For each clause that was asked for, `"kept"`, `"broken"`, or why
-      it could not be tried on this loss.
+    findings: The ways in which the loss breaks the contract, by clause.
+    clauses: For each clause that was not skipped, `"kept"`, `"broken"`, or a
+      reason why it could not be tried on this loss.
     cases: How many results were compared.
-    seconds: How long it took.
-    data: The dtypes and shapes that it was called with.
+    seconds: The duration of the check.
+    data: The dtypes and shapes of the arguments.
   """
 
   name: str
@@ -163,7 +164,7 @@ class Report:
 
   @property
   def ok(self) -> bool:
-    """Whether nothing was found."""
+    """Whether there is no finding."""
     return not self.findings
 
   def to_dict(self) -> dict[str, Any]:
@@ -189,7 +190,7 @@ class Report:
       f" ({tried}): {', '.join(broken)}."
     )
     if self.data:
-      head += f"\nIt was called with {self.data}."
+      head += f"\nThe check called it with {self.data}."
     groups: dict[Any, list[Finding]] = {}
     for finding in self.findings:
       groups.setdefault((finding.clause, finding.argument), []).append(finding)
@@ -197,7 +198,7 @@ class Report:
     for first, *others in groups.values():
       lines = [str(first)]
       if others:
-        also = "; ".join(other.told_briefly() for other in others)
+        also = "; ".join(other.summary() for other in others)
         lines.append(_wrapped("and", also))
       texts.append("\n".join(lines))
-    return "\n\n".join([head, *texts, *_advice(broken)])
+    return "\n\n".join([head, *texts, *_how_to_fix(broken)])

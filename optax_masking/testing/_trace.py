@@ -52,7 +52,7 @@ _LOSSES = (
 
 
 class Step(NamedTuple):
-  """One operation that was run: what went in and what came out."""
+  """One operation that was run, with its inputs and outputs."""
 
   primitive: str
   inputs: list["Value"]
@@ -61,9 +61,10 @@ class Step(NamedTuple):
 
 
 class Value:
-  """An array of a run, and which output of which step it is.
+  """An array of a run.
 
-  Without a step it is an argument, at its position, or a constant, at None.
+  `step` and `position` say which output of which step the array is. An argument
+  has a position and no step, a constant has neither.
   """
 
   def __init__(
@@ -105,7 +106,7 @@ def _run(
       inner, values = inner
       closed = isinstance(inner, core.ClosedJaxpr)
       body = inner.jaxpr if closed else inner
-      # JAX traces its own functions once: then their lines tell an older call.
+      # JAX traces its own functions once: their lines may be of an older call.
       results = _run(
         body,
         inner.consts if closed else (),
@@ -134,7 +135,7 @@ def _scan(
   outer: Any,
   traceback: Any,
 ) -> list[Value]:
-  """A loop as its steps, for what goes wrong inside of it."""
+  """Runs a loop step by step, so that a fault inside of it has a step."""
   body, count = parameters["jaxpr"], parameters["num_consts"]
   carried = count + parameters["num_carry"]
   constants, carry = values[:count], values[count:carried]
@@ -161,7 +162,7 @@ def _scan(
 
 
 def _inner(eqn: Any, values: list[Value]) -> tuple[Any, list[Value]] | None:
-  """The program that an operation only calls, and what with."""
+  """The program that an operation only calls, and the inputs of the call."""
   name, parameters = eqn.primitive.name, eqn.params
   if name == "cond":
     index = int(np.asarray(values[0].array))
@@ -203,7 +204,7 @@ def nonfinite(value: Value) -> bool:
 def first(
   steps: Sequence[Step], output: Value, wrong: Callable[[Value], bool]
 ) -> Step | None:
-  """The first step of those that led to a wrong output, and went wrong."""
+  """The first step with a wrong output, of those that led to a wrong output."""
   seen: set[int] = set()
   todo = [output]
   while todo:
@@ -219,7 +220,7 @@ def first(
 def origins(
   steps: Sequence[Step], values: Sequence[Value]
 ) -> tuple[set[int], set[int]]:
-  """The steps and the positions of the arguments that led to some values."""
+  """The steps, and the positions of the arguments, that led to some values."""
   seen: set[int] = set()
   arguments: set[int] = set()
   todo = list(values)
@@ -247,10 +248,10 @@ def source(step: Step) -> tuple[str | None, str | None]:
   inner = frames[0]
   own = next((f for f in frames if not f.file_name.startswith(_LOSSES)), inner)
   text = linecache.getline(own.file_name, own.line_num).strip() or None
-  told = _place(own)
+  place = _place(own)
   if own is not inner:
-    told += f", by way of {_place(inner)}"
-  return told, text
+    place += f", by way of {_place(inner)}"
+  return place, text
 
 
 def _place(frame: Any) -> str:
