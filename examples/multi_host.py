@@ -213,13 +213,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   for internal, kind in (("--host", int), ("--port", int), ("--folder", str)):
     parser.add_argument(internal, type=kind, help=argparse.SUPPRESS)
-  given = parser.parse_args(argv)
-  if not 1 <= given.steps <= 64:
+  args = parser.parse_args(argv)
+  if not 1 <= args.steps <= 64:
     parser.error("--steps must be from 1 to 64.")
-  if given.die_at is not None and not 0 <= given.die_at < given.steps:
-    parser.error(f"--die-at must be from 0 to {given.steps - 1}.")
-  if given.host is not None:
-    run_host(given.host, given.port, given.steps, given.die_at, given.folder)
+  if args.die_at is not None and not 0 <= args.die_at < args.steps:
+    parser.error(f"--die-at must be from 0 to {args.steps - 1}.")
+  if args.host is not None:
+    run_host(args.host, args.port, args.steps, args.die_at, args.folder)
     return
   print(
     f"{HOSTS} hosts with {DEVICES} devices each, {ROWS} sentences a host and"
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       seen = run_hosts(sys.argv[1:] if argv is None else argv, folder)
     except KeyboardInterrupt:
       sys.exit("error: interrupted. All hosts were stopped.")
-  if not compare(given.steps, seen):
+  if not compare(args.steps, seen):
     sys.exit("error: the hosts do not agree with one process.")
 
 

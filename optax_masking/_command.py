@@ -1,4 +1,4 @@
-"""The command `optax-masking`: this divides, and lists the losses."""
+"""The command `optax-masking`, and its command `losses`."""
 
 import argparse
 import inspect
@@ -28,31 +28,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
   _add_losses(commands)
   auditing.add_commands(commands)
   staging.add_commands(commands)
-  given = parser.parse_args(arguments)
+  args = parser.parse_args(arguments)
   try:
-    return given.run(given)
+    return args.run(args)
   except CommandError as error:
     if isinstance(error, UsageError):
-      given.parser.print_usage(sys.stderr)
-    print(f"{given.parser.prog}: error: {error}", file=sys.stderr)
+      args.parser.print_usage(sys.stderr)
+    print(f"{args.parser.prog}: error: {error}", file=sys.stderr)
     return 2
 
 
 def _add_losses(commands: Any) -> None:
   parser = commands.add_parser(
     "losses",
-    help="list the losses, and what a mask removes of each",
+    help="list the losses, and the elements that a mask removes",
     description=(
-      "Lists the losses in a table of Markdown: the default axis, what a mask"
-      " removes, the value where nothing is left, and whether Optax has the"
-      " loss at its top or in `optax.losses` alone."
+      "Lists the losses in a table of Markdown: the default axis, the elements"
+      " that a mask removes, and the value where nothing is left. The name has"
+      " `losses.` if Optax has the loss in `optax.losses` alone."
     ),
   )
   parser.set_defaults(run=_run_losses, parser=parser)
 
 
-def _run_losses(given: argparse.Namespace) -> int:
-  del given
+def _run_losses(args: argparse.Namespace) -> int:
+  del args
   print("| Loss | Default `axis` | What a mask removes | Nothing left |")
   print("|---|---|---|---|")
   for row in ROWS.values():

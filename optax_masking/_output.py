@@ -1,25 +1,26 @@
-"""What the commands write, and how they refuse."""
+"""Output and errors of the commands."""
 
 import pathlib
 import sys
 
 
 class CommandError(Exception):
-  """Something that a command refuses, as it tells its user."""
+  """An error whose message a command prints before it exits with status 2."""
 
 
 class UsageError(CommandError):
-  """Arguments that a command refuses: it shows its usage, too."""
+  """Wrong arguments: the command prints its usage, too."""
 
 
 def check_writable(file: str) -> None:
-  """Raises before the work starts, if its output could not be written."""
+  """Raises before the work starts if there is no folder for its output."""
   folder = pathlib.Path(file).absolute().parent
   if not folder.is_dir():
     raise UsageError(f"{file} can't be written: there is no folder {folder}")
 
 
 def write(text: str, file: str | None) -> None:
+  """Writes a text to a file, or to the standard output for None."""
   if file is not None:
     try:
       pathlib.Path(file).write_text(text, encoding="utf-8")

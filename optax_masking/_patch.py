@@ -11,45 +11,45 @@ from collections.abc import Collection, Mapping
 import optax_masking.losses as masked_losses
 from optax_masking.losses._original import original
 
-# By name, each loss that this package has one of its own for.
-_MASKED = {
+# The masked losses by name, without those that are Optax's own.
+_MASKED_LOSSES = {
   name: getattr(masked_losses, name)
   for name in masked_losses.__all__
   if getattr(masked_losses, name) is not getattr(original, name)
 }
 _LOCK = threading.RLock()
-_DEPTHS: collections.Counter[str] = collections.Counter()
+_PATCH_COUNTS: collections.Counter[str] = collections.Counter()
 
 
 def patch(*names: str, permanent: bool = False) -> "_Patch":
   """Puts the masked losses into Optax itself, for code that imports it.
 
   Wherever a module of Optax holds one of its losses (``optax``,
-  ``optax.losses`` and the private modules), it holds the masked one instead, in
-  all threads. Modules of Optax that are imported meanwhile get them too. At the
-  end the originals come back.
+  ``optax.losses`` and the private modules), it holds the masked loss instead,
+  in all threads. Modules of Optax that are imported meanwhile hold the masked
+  losses, too. At the end the originals come back.
 
-  It is a context manager and a decorator, can be nested, and can be used more
-  than once: the originals come back when the last one that has named a loss
-  ends.
+  A patch is a context manager and a decorator, can be nested, and can be used
+  more than once: the original of a loss comes back when the last patch that has
+  named it ends.
 
-  What it can't reach is what others have taken out of Optax before, as ``from
-  optax import kl_divergence`` does, and what JAX has compiled: a function that
-  was called under ``jit`` keeps the losses that it was traced with, before the
-  patch and after it.
+  A patch reaches neither losses that other modules have taken out of Optax
+  before, as ``from optax import kl_divergence`` does, nor programs that JAX has
+  compiled: a function that was called under ``jit`` keeps the losses that it
+  was traced with, before the patch and after it.
 
   Args:
-    *names: Losses to replace, such as ``"kl_divergence"``. All of them, if none
-      is named.
-    permanent: Whether to replace them at once, and for the rest of the process.
+    *names: Losses to replace, such as ``"kl_divergence"``; by default all.
+    permanent: Whether to replace the losses at once, and for the rest of the
+      process.
 
   Returns:
     The context manager.
 
   Raises:
-    ValueError: If a name is none of a loss of Optax.
-    TypeError: If a name is no string, as where the parentheses of ``@patch()``
-      are missing.
+    ValueError: If a name is not that of a loss that can be replaced.
+    TypeError: If a name is no string. In ``@patch``, the parentheses of
+      ``@patch()`` are missing.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -75,19 +75,19 @@ def patch(*names: str, permanent: bool = False) -> "_Patch":
         f"patch takes names of losses, not {name!r}. To decorate a function"
         " write @patch()."
       )
-    if name not in _MASKED:
+    if name not in _MASKED_LOSSES:
       raise ValueError(
         f"{name!r} is no loss that can be replaced. These are:"
-        f" {', '.join(sorted(_MASKED))}."
+        f" {', '.join(sorted(_MASKED_LOSSES))}."
       )
-  replacement = _Patch(frozenset(names or _MASKED))
+  replacement = _Patch(frozenset(names or _MASKED_LOSSES))
   if permanent:
     replacement.__enter__()
   return replacement
 
 
 class _Patch(contextlib.ContextDecorator):
-  """The context manager. It has no state of its own, for use by many."""
+  """The context manager. It has no state, so that threads can share it."""
 
   def __init__(self, names: Collection[str]):
     self._names = names
@@ -96,38 +96,38 @@ class _Patch(contextlib.ContextDecorator):
     with _LOCK:
       _replace(
         {
-          getattr(original, name): _MASKED[name]
+          getattr(original, name): _MASKED_LOSSES[name]
           for name in self._names
-          if not _DEPTHS[name]
+          if not _PATCH_COUNTS[name]
         }
       )
-      _DEPTHS.update(self._names)
+      _PATCH_COUNTS.update(self._names)
 
   def __exit__(self, *exception: object) -> None:
     with _LOCK:
-      _DEPTHS.subtract(self._names)
+      _PATCH_COUNTS.subtract(self._names)
       _replace(
         {
-          _MASKED[name]: getattr(original, name)
+          _MASKED_LOSSES[name]: getattr(original, name)
           for name in self._names
-          if not _DEPTHS[name]
+          if not _PATCH_COUNTS[name]
         }
       )
 
 
 def _replace(replacements: Mapping[object, object]) -> None:
-  """Changes what the modules of Optax hold."""
-  for module in _modules():
-    for name, held in vars(module).copy().items():
-      if isinstance(held, types.FunctionType) and held in replacements:
-        setattr(module, name, replacements[held])
+  """Replaces functions in the modules of Optax."""
+  for module in _optax_modules():
+    for name, value in vars(module).copy().items():
+      if isinstance(value, types.FunctionType) and value in replacements:
+        setattr(module, name, replacements[value])
 
 
-def _modules() -> list[types.ModuleType]:
-  """The loaded modules of Optax, with those that others import right now."""
+def _optax_modules() -> list[types.ModuleType]:
+  """The loaded modules of Optax. Waits for imports in other threads."""
   names = [n for n in sys.modules.copy() if n.partition(".")[0] == "optax"]
   for name in names:
-    # To import what another thread is importing is to wait for it.
-    with contextlib.suppress(Exception):  # It fails there, too.
+    # If another thread is importing the module, this import waits for it.
+    with contextlib.suppress(Exception):  # The other thread raises the error.
       importlib.import_module(name)
   return [sys.modules[name] for name in names if name in sys.modules]

@@ -1,4 +1,4 @@
-"""Makes `optax_masking.contrib` and every such module Optax's own module."""
+"""Makes `optax_masking.contrib` and the like the same modules as Optax's."""
 
 import importlib
 import importlib.abc
@@ -14,9 +14,9 @@ _OURS = __package__ + "."
 class _OptaxModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
   """Finds in Optax each module that this package does not have itself.
 
-  It comes before the finder of files: under the name
-  `optax_masking.contrib._muon` that would load the file of
-  `optax.contrib._muon` a second time, with classes unequal to the first.
+  This finder comes before the finder of files. Under the name
+  `optax_masking.contrib._muon`, the finder of files would load the file of
+  `optax.contrib._muon` a second time, with classes unequal to the first ones.
   """
 
   def find_spec(
@@ -36,7 +36,7 @@ class _OptaxModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     return importlib.machinery.ModuleSpec(fullname, self)
 
   def exec_module(self, module: types.ModuleType) -> None:
-    # What lies in `sys.modules` after the execution is what `import` returns.
+    # `import` returns the module that is in `sys.modules` afterwards.
     name = module.__name__
     sys.modules[name] = importlib.import_module(_in_optax(name))
 
