@@ -4,28 +4,29 @@
     python -m benchmarks --loss kl_divergence  # The same of another loss.
     python -m benchmarks --all --no-time       # Every loss, mask, shape, ...
 
-Every number is one of a loss under a transform, with the mask, the labels and
-the data as arguments. The floor of the ratios is Optax without a mask.
+All numbers are of a loss under a transform, with the mask, the labels and the
+data as arguments. Ratios are to the floor: Optax without a mask.
 
 The JSON is an object. `versions`, `device`, `command` and, on a GPU,
-`copy_bytes_per_s` tell how it was measured. `rows` is a list of objects, with
-null for what was not measured:
+`copy_bytes_per_s` describe the measurement. `rows` is a list of objects, with
+null for numbers that were not measured:
 
-- `loss`, `variant`, `mask` (none, row or full), `density` (what part of the
-  mask is true, where that matters), `transform`, `dtype`, `shape` and `axis`,
-  as asked for; `read_as`, the shape that the loss was given; `n_bytes`, N, the
-  bytes of its first argument
+- `loss`, `variant`, `mask` (none, row or full), `density` (the fraction of the
+  mask that is true, where it matters), `transform`, `dtype`, `shape` and `axis`
+  from the command line; `read_as`, the shape that the loss was given;
+  `n_bytes`, N, the bytes of its first argument
 - `bytes`, `flops`, `temporaries` and the numbers of operations `transpose`,
   `scatter`, `gather` and `collective` of the compiled program; with
-  value_and_grad also `kept`, bytes kept for the backward pass, and `scan`,
-  temporaries of the gradient through a scan: all as `counters.py` has them
+  value_and_grad also `kept`, the bytes of the residuals for the backward pass,
+  and `scan`, the temporaries of the gradient through a scan: `counters.py`
+  defines all of them
 - `time_s`; `eager_s`, without jit and for the shape (64, 32); `compile_s`
-- `..._ratio` of all but the operations: to the floor; for `time_s` and
-  `eager_s` the median of the ratios of each round
-- `..._per_n` of what is in bytes: divided by N
-- `bytes_per_s`, which is `bytes / time_s`, and on a GPU `copy_ratio`, that
-  divided by `copy_bytes_per_s`
-- `error`: why there is nothing else
+- `..._ratio` to the floor, for all numbers but those of operations; for
+  `time_s` and `eager_s` the median of the ratios of each round
+- `..._per_n` for all numbers of bytes: divided by N
+- `bytes_per_s`, which is `bytes / time_s`, and on a GPU `copy_ratio`, which is
+  `bytes_per_s / copy_bytes_per_s`
+- `error`: the reason if a variant can't be measured
 """
 
 import argparse
@@ -45,11 +46,11 @@ import optax
 
 import optax_masking
 from benchmarks import cases, timing
-from benchmarks.measuring import OPERATIONS, Row, measure, ratio
+from benchmarks.measuring import OPERATIONS, Row, measure, ratio_or_none
 from benchmarks.variants import FLOOR, OURS, VARIANTS
 
-# Of every option all that there is, and what is measured unless `--all` is
-# given. A shape comes with its class axis.
+# For every option all values, and the values without `--all`. A shape comes
+# with its class axis.
 _GRID: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
   "loss": (cases.LOSSES, (cases.INTEGER_LABELS,)),
   "shape": (cases.SHAPES, cases.SHAPES[:1]),
@@ -59,39 +60,42 @@ _GRID: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
   "density": (cases.DENSITIES, (0.5,)),
   "variant": (tuple(VARIANTS), tuple(VARIANTS)),
 }
-_FEW = {"dtype": ("float32",), "variant": (FLOOR, "optax, where=", OURS)}
-_MORE_BY_DEFAULT: tuple[dict[str, Sequence[Any]], ...] = (
-  {"loss": ("softmax_cross_entropy", "sigmoid_binary_cross_entropy"), **_FEW},
-  {"shape": cases.SHAPES[-1:], **_FEW},
+_FEWER = {"dtype": ("float32",), "variant": (FLOOR, "optax, where=", OURS)}
+_EXTRA_DEFAULT_GRIDS: tuple[dict[str, Sequence[Any]], ...] = (
+  {"loss": ("softmax_cross_entropy", "sigmoid_binary_cross_entropy"), **_FEWER},
+  {"shape": cases.SHAPES[-1:], **_FEWER},
 )
 
 
-def _number(
-  key: str, form: str = ".2f", scale: float = 1.0
+def _number_column(
+  key: str, format_spec: str = ".2f", scale: float = 1.0
 ) -> Callable[[Row], str]:
-  return lambda row: "—" if row[key] is None else f"{scale * row[key]:{form}}"
+  def cell(row: Row) -> str:
+    return "—" if row[key] is None else f"{scale * row[key]:{format_spec}}"
+
+  return cell
 
 
-def _operations(row: Row) -> str:
+def _operations_cell(row: Row) -> str:
   if row["transpose"] is None:
     return "—"
   return " ".join(str(row[name]) for name in OPERATIONS)
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {
-  "time ÷": _number("time_s_ratio"),
-  "bytes ÷": _number("bytes_ratio"),
-  "flops ÷": _number("flops_ratio"),
-  "eager ÷": _number("eager_s_ratio"),
-  "bytes/N": _number("bytes_per_n"),
-  "temp/N": _number("temporaries_per_n"),
-  "kept/N": _number("kept_per_n"),
-  "scan/N": _number("scan_per_n"),
-  "t s g c": _operations,
-  "ms": _number("time_s", scale=1e3),
-  "eager ms": _number("eager_s", scale=1e3),
-  "compile s": _number("compile_s"),
-  "of copy": _number("copy_ratio", ".0%"),
+  "time ÷": _number_column("time_s_ratio"),
+  "bytes ÷": _number_column("bytes_ratio"),
+  "flops ÷": _number_column("flops_ratio"),
+  "eager ÷": _number_column("eager_s_ratio"),
+  "bytes/N": _number_column("bytes_per_n"),
+  "temp/N": _number_column("temporaries_per_n"),
+  "kept/N": _number_column("kept_per_n"),
+  "scan/N": _number_column("scan_per_n"),
+  "t s g c": _operations_cell,
+  "ms": _number_column("time_s", scale=1e3),
+  "eager ms": _number_column("eager_s", scale=1e3),
+  "compile s": _number_column("compile_s"),
+  "of copy": _number_column("copy_ratio", ".0%"),
 }
 _LEGEND = """\
 ÷ is the ratio to Optax without a mask, N the bytes of the logits.
@@ -101,14 +105,14 @@ gather and collective operations; eager: without jit, shape (64, 32)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """Measures what the command line asks for."""
+  """Runs the benchmark with the options of the command line."""
   command = sys.argv[1:] if arguments is None else list(arguments)
   options = _parser().parse_args(command)
   warnings.filterwarnings("ignore", "The function convex_kl_divergence")
   device = jax.devices()[0]
   packages = (optax_masking, optax, jax, jaxlib)
-  clock = not options.no_time
-  on_gpu = clock and device.platform == "gpu"
+  measure_time = not options.no_time
+  on_gpu = measure_time and device.platform == "gpu"
   report: dict[str, Any] = {
     "versions": {p.__name__: p.__version__ for p in packages},
     "device": f"{device.platform}: {device.device_kind}",
@@ -120,17 +124,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
   print(f"{versions}; {report['device']}\n{_LEGEND}")
   tables = []
   for grid in _grids(options):
-    masks = [grid[name] for name in ("mask", "density", "variant")]
     for loss, shape, dtype, transform in itertools.product(
       *(grid[name] for name in ("loss", "shape", "dtype", "transform"))
     ):
-      rows = measure(loss, shape, dtype, transform, *masks, clock)
+      rows = measure(
+        loss,
+        shape,
+        dtype,
+        transform,
+        masks=grid["mask"],
+        densities=grid["density"],
+        variants=grid["variant"],
+        measure_time=measure_time,
+      )
       for row in rows:
         copy_speed = report["copy_bytes_per_s"]
-        row["copy_ratio"] = ratio(row["bytes_per_s"], copy_speed)
+        row["copy_ratio"] = ratio_or_none(row["bytes_per_s"], copy_speed)
       tables.append((_title(rows[0]), rows))
       report["rows"] += rows
-      # After each table, so that what is interrupted is not lost.
+      # An interrupted run keeps its tables.
       options.output.write_text(json.dumps(report, indent=1) + "\n")
       print(f"\n{tables[-1][0]}\n\n{_table(rows)}", flush=True)
   _plot(tables, options.output.with_suffix(".png"))
@@ -149,13 +161,13 @@ def _parser() -> argparse.ArgumentParser:
       hint = "such as 4096x512, or 8x19x128x128@1 with the classes in axis 1"
       add("--shape", nargs="+", type=_shape, help=hint)
     elif name == "density":
-      hint = "what part of a mask is true"
+      hint = "the fraction of a mask that is true"
       add("--density", nargs="+", type=float, help=hint)
     else:
       hint = "some of: " + "; ".join(choices)
       metavar = name.upper()
       add(f"--{name}", nargs="+", choices=choices, metavar=metavar, help=hint)
-  hint = "all values of what is not selected, which may take hours"
+  hint = "all values of the options that are not given, which may take hours"
   add("--all", action="store_true", help=hint)
   add("--no-time", action="store_true", help="only the counters")
   output = pathlib.Path(__file__).with_name("results.json")
@@ -190,7 +202,7 @@ def _grids(options: argparse.Namespace) -> list[dict[str, Sequence[Any]]]:
   }
   if options.all or any(selected.values()):
     return [grid]
-  return [grid, *(grid | more for more in _MORE_BY_DEFAULT)]
+  return [grid, *(grid | more for more in _EXTRA_DEFAULT_GRIDS)]
 
 
 def _title(row: Row) -> str:
@@ -203,7 +215,7 @@ def _title(row: Row) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-  """A table in Markdown, in aligned columns, without those that are empty."""
+  """A table in Markdown with aligned columns. Empty columns are left out."""
   lines = [["", "mask", *_COLUMNS]]
   for row in rows:
     density = "" if row["density"] is None else f" {row['density']:g}"
@@ -223,7 +235,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _plot(tables: Sequence[tuple[str, list[Row]]], path: pathlib.Path) -> None:
-  """Plots ratios, of not too many tables, if there is matplotlib."""
+  """Plots the ratios of the first tables, if there is matplotlib."""
   try:
     import matplotlib
   except ImportError:

@@ -1,4 +1,4 @@
-"""What is measured: losses and their data, masks, shapes and transforms."""
+"""The losses to measure, with data, masks, shapes and transforms."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from optax_masking.losses._table import ROWS
 
 LOSSES = tuple(sorted(ROWS))
 INTEGER_LABELS = "softmax_cross_entropy_with_integer_labels"
-# Each with its class axis.
+# Shapes, each with its class axis.
 SHAPES = (
   ((4096, 512), -1),
   ((512, 32000), -1),
@@ -54,8 +54,8 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 class Case:
   """A loss with its data.
 
-  `shape` and `axis` are those of the first argument. An elementwise loss does
-  not reduce its axis, but a mask of rows has size 1 along it all the same.
+  `shape` and `axis` are those of the first argument. A mask of rows has size 1
+  along this axis, even if the loss is elementwise.
   """
 
   name: str
@@ -79,7 +79,7 @@ class Case:
     return ROWS[self.name].takes("where")
 
   def mask(self, kind: str, density: float) -> jax.Array | None:
-    """A mask of a kind that includes some of the data, the same each time."""
+    """A seeded mask of a kind, None for the kind `"none"`."""
     if kind == "none":
       return None
     shape = list(self.shape)
@@ -93,12 +93,12 @@ def make_case(name: str, dtype: str, shape: tuple[int, ...], axis: int) -> Case:
 
   Args:
     name: Name of the loss.
-    dtype: Of its floating arguments.
-    shape: Shape of the logits, or of what the loss has instead of them.
+    dtype: Dtype of its floating arguments.
+    shape: Shape of its first argument, such as the logits.
     axis: Axis of the classes, features or items.
 
   Returns:
-    The case, in the shape nearest to this one that Optax's loss can take.
+    The case. If Optax's loss can't take the shape, the case has a similar one.
   """
   row = ROWS[name]
   if not (row.elementwise or row.has_axis_of_slices):

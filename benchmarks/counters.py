@@ -1,4 +1,4 @@
-"""What the compiler says that a program costs, the same in every run."""
+"""Costs of a program as the compiler counts them, the same in every run."""
 
 import collections
 import math
@@ -15,12 +15,12 @@ Loss = Callable[..., jax.Array]
 _INSTRUCTION = re.compile(
   r"^\s*(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([\w-]+)\(", re.MULTILINE
 )
-# Its name, the type, the operation and the operands of one with an array.
+# Name, dtype, shape, operation and operands of an instruction with an array.
 _ARRAY = re.compile(
   r"^\s*(?:ROOT )?%([\w.-]+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(([^)]*)\)",
   re.MULTILINE,
 )
-# An asynchronous one has a start and an end, of which one counts.
+# An asynchronous collective has a start and an end: only the start counts.
 _COLLECTIVE = re.compile(
   r"(?:all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter"
   r"|collective-permute|collective-broadcast)(?:-start)?"
@@ -31,7 +31,7 @@ def counters(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
   """Compiles a function and returns `counters_of` the program.
 
   Args:
-    function: What to compile. What it closes over becomes a constant.
+    function: The function. Arrays that it closes over become constants.
     *arguments: Arrays, `jax.ShapeDtypeStruct` or pytrees of them.
   """
   return counters_of(jax.jit(function).lower(*arguments).compile())
@@ -44,18 +44,17 @@ def counters_of(program: jax.stages.Compiled) -> dict[str, float]:
     program: The program.
 
   Returns:
-    `bytes` and `flops`, as the compiler estimates them, but that a gather or a
-    scatter counts as what it touches, and `temporaries`, the bytes that it
-    allocates besides arguments and results, with the number of `transpose`,
-    `scatter`, `gather` and `collective` operations, those inside of fusions
-    included.
+    `bytes` and `flops`, as the compiler estimates them, but with the bytes that
+    a gather or a scatter touches; `temporaries`, the bytes that the program
+    allocates besides arguments and results; and the numbers of `transpose`,
+    `scatter`, `gather` and `collective` operations, also inside of fusions.
   """
   cost = program.cost_analysis() or {}
   text = program.as_text() or ""
   ops = operations(text)
   collectives = (n for op, n in ops.items() if _COLLECTIVE.fullmatch(op))
   return {
-    "bytes": cost.get("bytes accessed", 0.0) - _not_touched(text),
+    "bytes": cost.get("bytes accessed", 0.0) - _untouched_bytes(text),
     "flops": cost.get("flops", 0.0),
     "temporaries": program.memory_analysis().temp_size_in_bytes,
     **{op: ops[op] for op in ("transpose", "scatter", "gather")},
@@ -63,11 +62,11 @@ def counters_of(program: jax.stages.Compiled) -> dict[str, float]:
   }
 
 
-def _not_touched(text: str) -> int:
-  """Bytes that the compiler bills, and that gathers and scatters don't touch.
+def _untouched_bytes(text: str) -> int:
+  """Bytes that the compiler counts, but gathers and scatters don't touch.
 
-  It bills a gather for all of its operand, as the kernel reads it, and a
-  scatter in place for reading and writing all of it.
+  The compiler counts that a gather reads all of its operand, and that a
+  scatter in place reads and writes all of it.
   """
   total = 0
   for computation in text.split("\n}"):
@@ -87,7 +86,7 @@ def _not_touched(text: str) -> int:
       if operation == "scatter":
         total += 2 * (size(whole) - size(last))
       elif len(readers) == 1:
-        while found[whole][3] == "convert":  # In the loop of the gather.
+        while found[whole][3] == "convert":  # It is fused into the gather.
           (whole,) = operands[whole]
         total += size(whole) - size(name)
   return total
@@ -98,13 +97,12 @@ def operations(text: str) -> collections.Counter[str]:
   return collections.Counter(_INSTRUCTION.findall(text))
 
 
-def kept(loss: Loss, *arguments: Any) -> int:
-  """Returns the bytes that a loss keeps for its backward pass.
+def residual_bytes(loss: Loss, *arguments: Any) -> int:
+  """Returns the bytes of the residuals that a backward pass needs.
 
   Args:
     loss: A function of arrays.
-    *arguments: What to call it with. It is differentiated with respect to the
-      first.
+    *arguments: Its arguments. The gradient is with respect to the first one.
   """
 
   def pullback(first, *rest):
@@ -119,14 +117,15 @@ def scanned_temporaries(
 ) -> int:
   """Returns the temporaries of a gradient through a loop over the examples.
 
-  A loop shows what a loss keeps: the compiler can't fuse its forward pass with
-  its backward pass.
+  In a loop the residuals of a loss become temporaries, since the compiler can't
+  fuse the forward pass with the backward pass.
 
   Args:
     loss: A function of arrays, whose result is summed.
-    arguments: What to call it with, split along their first axes. The gradient
-      is the one with respect to the first.
-    steps: How many steps, or a divisor of it if it does not divide the axes.
+    arguments: Its arguments, split along their first axes. The gradient is with
+      respect to the first one.
+    steps: Number of steps. If it does not divide the first axes, its largest
+      divisor that does.
   """
   sizes = {x.shape[0] for x in jax.tree.leaves(arguments)}
   steps = math.gcd(steps, *sizes)

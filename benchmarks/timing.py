@@ -1,4 +1,4 @@
-"""What the clock says, which varies from run to run."""
+"""Measurements of time, which vary from run to run."""
 
 import random
 import statistics
@@ -12,32 +12,32 @@ import jax.numpy as jnp
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def seconds(function: Callable[..., Any], *arguments: Any) -> float:
-  """Times one call, to the end of what it computes."""
+def time_call(function: Callable[..., Any], *arguments: Any) -> float:
+  """Times one call until its results are computed."""
   start = time.perf_counter()
   jax.block_until_ready(function(*arguments))
   return time.perf_counter() - start
 
 
-def interleaved(
+def time_interleaved(
   calls: Sequence[Call], rounds: int = 30, budget: float = 6.0
 ) -> list[tuple[float, float]]:
   """Times calls that take turns, so that a slow moment slows all of them.
 
-  The order is another one in each round, since a call is slower after one that
-  has filled the caches.
+  The order differs from round to round, since a call is slower after another
+  call that has filled the caches.
 
   Args:
     calls: Functions and their arguments.
     rounds: How often each is called, after a call that is not timed.
-    budget: Seconds after which no round is started, once there were five.
+    budget: Seconds after which no round is started, after the first five.
 
   Returns:
     For each call the median of its seconds and the median, over the rounds, of
     its ratio to the first call.
   """
   for function, arguments in calls:
-    seconds(function, *arguments)
+    time_call(function, *arguments)
   times: list[list[float]] = []
   order = list(range(len(calls)))
   shuffle = random.Random(0).shuffle
@@ -49,7 +49,7 @@ def interleaved(
     shuffle(order)
     for i in order:
       function, arguments = calls[i]
-      times[-1][i] = seconds(function, *arguments)
+      times[-1][i] = time_call(function, *arguments)
   return [
     (
       statistics.median(column),
@@ -63,5 +63,5 @@ def copy_speed(size: int = 2**28) -> float:
   """Returns the bytes a second, read and written, of a copy on the device."""
   x = jnp.zeros(size, jnp.float32)
   copy = jax.jit(lambda x: x + 1).lower(x).compile()
-  ((median, _),) = interleaved([(copy, (x,))])
+  ((median, _),) = time_interleaved([(copy, (x,))])
   return 2 * x.nbytes / median

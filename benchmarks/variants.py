@@ -1,7 +1,7 @@
 """Ways to mask a loss: Optax's, those that people write, and this package's.
 
-A variant makes of a case a function of its arguments and, last, a mask (or
-None). It raises for a mask that it has no way to express.
+A variant takes a case, and returns a function of the case's arguments and,
+last, a mask or None. The function raises for a mask that it does not support.
 """
 
 from collections.abc import Callable
@@ -30,22 +30,22 @@ def optax_where(case: Case) -> Masked:
   return lambda *arguments: loss(*arguments[:-1], where=arguments[-1])
 
 
-def times_mask(case: Case) -> Masked:
+def loss_times_mask(case: Case) -> Masked:
   """The loss, times the mask."""
   loss = case.of(optax)
 
   def masked(*arguments):
     losses = loss(*arguments[:-1])
-    return losses * _of_losses(arguments[-1], losses, case)
+    return losses * _mask_of_losses(arguments[-1], losses, case)
 
   return masked
 
 
 def sanitise(case: Case) -> Masked:
-  """Zeros for what is masked, before and after.
+  """Selects zeros for masked elements, before and after the loss.
 
-  Under a mask of classes it is not the loss of the classes that are left: a
-  zero still counts in a normalizer.
+  For a mask of classes this is another loss than that of the included classes:
+  a logit of zero still counts in the normalizer.
   """
   loss = case.of(optax)
 
@@ -60,13 +60,13 @@ def sanitise(case: Case) -> Masked:
     losses = loss(*cleaned)
     if losses.ndim < where.ndim:
       where = jnp.any(where, case.axis, keepdims=True)
-    return jnp.where(_of_losses(where, losses, case), losses, 0)
+    return jnp.where(_mask_of_losses(where, losses, case), losses, 0)
 
   return masked
 
 
 def one_hot(case: Case) -> Masked:
-  """Soft labels that are 0 where they are masked."""
+  """One-hot labels, multiplied by the mask."""
 
   def masked(logits, labels, where):
     targets = _one_hot(logits, labels, case.axis, logits.dtype) * where
@@ -102,7 +102,7 @@ def easylm(case: Case) -> Masked:
     index = jnp.expand_dims(labels, case.axis)
     picked = jnp.take_along_axis(log_probs, index, case.axis)
     picked = jnp.squeeze(picked, case.axis)
-    return -jnp.where(_of_losses(where, picked, case), picked, 0)
+    return -jnp.where(_mask_of_losses(where, picked, case), picked, 0)
 
   return masked
 
@@ -120,12 +120,12 @@ def haliax(case: Case) -> Masked:
     rest = axes.copy()
     rest.pop(case.axis)
     losses = jnp.einsum(targets, axes, normalizers - logits, axes, rest)
-    return jnp.where(_of_losses(where, losses, case), losses, 0)
+    return jnp.where(_mask_of_losses(where, losses, case), losses, 0)
 
   return masked
 
 
-def masking(case: Case) -> Masked:
+def this_package(case: Case) -> Masked:
   """This package."""
   loss = case.of(optax_masking)
   return lambda *arguments: loss(*arguments[:-1], where=arguments[-1])
@@ -136,25 +136,25 @@ OURS = "optax_masking"
 VARIANTS: dict[str, Callable[[Case], Masked]] = {
   FLOOR: optax_alone,
   "optax, where=": optax_where,
-  "loss * mask": times_mask,
+  "loss * mask": loss_times_mask,
   "sanitise": sanitise,
   "one-hot": one_hot,
   "t5x": t5x,
   "MaxText": maxtext,
   "EasyLM": easylm,
   "haliax": haliax,
-  OURS: masking,
+  OURS: this_package,
 }
-_OF_INTEGER_LABELS = ("one-hot", "t5x", "MaxText", "EasyLM", "haliax")
+_INTEGER_LABEL_VARIANTS = ("one-hot", "t5x", "MaxText", "EasyLM", "haliax")
 
 
-def applies(mask: str, variant: str, loss: str) -> bool:
+def is_measured(mask: str, variant: str, loss: str) -> bool:
   """Whether a kind of mask is measured for a variant of a loss."""
-  if variant == FLOOR:  # It is measured once, in any case.
+  if variant == FLOOR:  # Each table has one row of it anyway.
     return False
   if mask == "none":
     return variant == OURS
-  return loss == INTEGER_LABELS or variant not in _OF_INTEGER_LABELS
+  return loss == INTEGER_LABELS or variant not in _INTEGER_LABEL_VARIANTS
 
 
 def _saved_softmax(case, keeps_log_probs):
@@ -175,16 +175,16 @@ def _saved_softmax(case, keeps_log_probs):
   def backward(saved, cotangent):
     logits, targets, exp, total, log_probs = saved
     cotangent = jnp.expand_dims(cotangent, axis)
-    of_logits = cotangent * (exp / total - targets)
-    of_targets = None if log_probs is None else -cotangent * log_probs
-    return of_logits.astype(logits.dtype), of_targets
+    logits_gradient = cotangent * (exp / total - targets)
+    targets_gradient = None if log_probs is None else -cotangent * log_probs
+    return logits_gradient.astype(logits.dtype), targets_gradient
 
   cross_entropy.defvjp(forward, backward)
 
   def masked(logits, labels, where):
     targets = _one_hot(logits, labels, axis, jnp.float32)
     losses = cross_entropy(logits, targets)
-    return losses * _of_losses(where, losses, case)
+    return losses * _mask_of_losses(where, losses, case)
 
   return masked
 
@@ -193,8 +193,8 @@ def _one_hot(logits, labels, axis, dtype):
   return jax.nn.one_hot(labels, logits.shape[axis], axis=axis, dtype=dtype)
 
 
-def _of_losses(where, losses, case):
-  """The mask without the axis that the losses lack, if it has size 1 there."""
+def _mask_of_losses(where, losses, case):
+  """A mask in the shape of the losses: without the class axis, of size 1."""
   if losses.ndim < where.ndim:
     if where.shape[case.axis] != 1:
       raise ValueError("a loss of examples can't be masked by classes")
