@@ -3,11 +3,11 @@
 The sentences are sorted by length, so that one microbatch has few characters
 and another many, and the first three are nothing but padding.
 
-You will see how far the accumulated gradient is from that of the whole batch:
-with a scan, with `optax.microbatching` and with `optax.MultiSteps`, each of
-which is given the count of the whole batch as the denominator; with a scan that
-counts on the way, for microbatches that arrive one by one; and with the mean of
-the means of the microbatches, which is not the mean.
+The output is the distance of the accumulated gradient from that of the whole
+batch: with a scan, with `optax.microbatching` and with `optax.MultiSteps`, all
+with the count of the whole batch as the denominator; with a scan that counts on
+the way, for microbatches that arrive one by one; and with the mean of the means
+of the microbatches, which is wrong.
 
     python examples/microbatches.py
 """
@@ -39,7 +39,8 @@ from optax_masking import reductions
 
 ROWS = 24
 
-# A mean over what is included in a batch, or its sum divided by a given count.
+# The sum over the included elements of a batch, divided by their number or by
+# the third argument.
 Loss = Callable[[Params, jax.Array, jax.Array | None], jax.Array]
 
 
@@ -63,7 +64,7 @@ def with_scan(
 def with_microbatching(
   loss: Loss, params: Params, batch: jax.Array, count: jax.Array, k: int
 ) -> Params:
-  """The same by `optax.microbatching`, which makes the parts by itself."""
+  """The same by `optax.microbatching`, which splits the batch itself."""
   accumulated = optax.microbatching.microbatch(
     jax.grad(loss),
     argnums=1,
@@ -92,7 +93,7 @@ def with_sums(
   batch: jax.Array,
   k: int,
 ) -> Params:
-  """For a count that is not known before: what is summed is divided last."""
+  """Divides the sum of the gradients by a count that is known at the end."""
 
   def add(total: tuple, part: jax.Array) -> tuple[tuple, None]:
     grads, count = jax.grad(loss_sum, has_aux=True)(params, part)
@@ -106,13 +107,13 @@ def with_sums(
 def with_mean_of_means(
   loss: Loss, params: Params, batch: jax.Array, k: int
 ) -> Params:
-  """What goes wrong: a part with few included counts as much as another."""
+  """Wrong: a microbatch with few characters counts as much as another."""
   grads = [jax.grad(loss)(params, part, None) for part in split(batch, k)]
   return jax.tree.map(lambda *g: sum(g) / k, *grads)
 
 
 def distance(grads: Params, expected: Params) -> float:
-  """The length of the difference, relative to that of what is expected."""
+  """The length of the difference, relative to that of the expected gradient."""
   a, b = ravel_pytree(grads)[0], ravel_pytree(expected)[0]
   return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
@@ -147,20 +148,20 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   count = reductions.masked_count(batch, batch != PADDING)
   expected = jax.jit(jax.grad(masked_loss))(params, batch)
-  given = (masked_loss, params, batch)
-  ways = (
-    ("lax.scan", partial(with_scan, *given, count, k)),
-    ("optax.microbatching", partial(with_microbatching, *given, count, k)),
-    ("optax.MultiSteps", partial(with_multi_steps, *given, count, k)),
+  args = (masked_loss, params, batch)
+  methods = (
+    ("lax.scan", partial(with_scan, *args, count, k)),
+    ("optax.microbatching", partial(with_microbatching, *args, count, k)),
+    ("optax.MultiSteps", partial(with_multi_steps, *args, count, k)),
     ("count on the way", partial(with_sums, summed_loss, params, batch, k)),
-    ("mean of means, wrong", partial(with_mean_of_means, *given, k)),
+    ("mean of means, wrong", partial(with_mean_of_means, *args, k)),
   )
   errors = []
   print("                        off the whole batch's gradient by")
-  for name, way in ways:
-    errors.append(distance(jax.jit(way)(), expected))
+  for name, method in methods:
+    errors.append(distance(jax.jit(method)(), expected))
     print(f"  {name:20}  {errors[-1]:.1e}", flush=True)
-  if not all(error <= 1e-6 for error in errors[:-1]):  # Nor NaN.
+  if not all(error <= 1e-6 for error in errors[:-1]):  # True for NaN, too.
     sys.exit("error: the gradients do not add up.")
 
 

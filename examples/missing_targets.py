@@ -1,11 +1,11 @@
 """Fits a curve to weekly carbon dioxide data with weeks that were not measured.
 
-A week without a measurement is NaN in the data, and stays there: the loss gets
+A week without a measurement is NaN in the data, and stays NaN: the loss gets
 the data as they are and `where=measured`.
 
-You will see the loss fall, the gradient next to that of the data without the
-missing weeks, what `jnp.mean(loss, where=measured)` makes of it, and what the
-curve says about the atmosphere and about the missing weeks.
+The output has the falling loss, the gradient next to that of the data without
+the missing weeks and to the NaN of `jnp.mean(loss, where=measured)`, and the
+curve's growth and season, with its values in some missing weeks.
 
     python examples/missing_targets.py
 """
@@ -26,7 +26,7 @@ import optax_masking as optax
 from optax_masking import reductions
 
 CSV = pathlib.Path(__file__).parent / "data" / "mauna_loa_co2.csv"
-TREND = 4  # Coefficients of the trend, a cubic; the others are of the season.
+TREND = 4  # The first coefficients are of a cubic trend, the others of seasons.
 
 
 def read_weeks() -> tuple[list[date], jax.Array]:
@@ -57,8 +57,10 @@ def masked_loss(weights: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
   return reductions.masked_mean(losses, measured)
 
 
-def late_loss(weights: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-  """What one writes without a maskable loss."""
+def mean_where_loss(
+  weights: jax.Array, x: jax.Array, y: jax.Array
+) -> jax.Array:
+  """The usual code without a maskable loss: its gradient is NaN."""
   losses = optax.squared_error(predict(weights, x), y)
   return jnp.mean(losses, where=~jnp.isnan(y))
 
@@ -78,7 +80,7 @@ def compare_gradients(weights: jax.Array, x: jax.Array, y: jax.Array) -> bool:
   loss, grad = jax.value_and_grad(masked_loss)(weights, x, y)
   error = abs(grad - exact).max()
   print(f"  where=measured       {loss:8.1f}   differs by at most {error:.1e}")
-  loss, nans = jax.value_and_grad(late_loss)(weights, x, y)
+  loss, nans = jax.value_and_grad(mean_where_loss)(weights, x, y)
   count = f"{jnp.isnan(nans).sum()} of {nans.size}"
   print(f"  mean(loss, where=)   {loss:8.1f}   NaN in {count} entries")
   # The sums may add their 2,225 float32 terms in different orders.

@@ -2,13 +2,13 @@
 
 Two processes on this machine stand for two hosts with four devices each. The
 first has long sentences. The second has short ones, so that most of its batch
-is padding, and runs out of them before the end: from then on all of its batch
-is. In the padding every logit is NaN.
+is padding. Before the end it has no sentence left, and all of its batch is
+padding. In the padding every logit is NaN.
 
-You will see the loss of each step next to that of one process with the whole
-batch, how far the gradients are apart, and how far off the mean of the means of
-the devices would have been. Should one of the hosts die, the other is stopped;
-`--die-at 3` shows that.
+The output has the loss of each step next to that of one process with the whole
+batch, the distance of the gradients, and the error that the mean of the means
+of the devices would have. If one of the hosts dies, the example stops the
+other; `--die-at 3` shows that.
 
     python examples/multi_host.py
 """
@@ -49,33 +49,36 @@ import optax_masking as optax
 HOSTS = 2
 DEVICES = 4  # Of each host.
 ROWS = 16  # Sentences in the batch of a host.
-SHORT = 56  # Sentences of the second host, for three steps and a half.
-SECONDS = 200  # After which the hosts are stopped.
-RESULT = "seen.pickle"
-ORPHANED = 3  # Exit status of a host whose parent ended.
+SHORT_SENTENCES = 56  # Of the second host, for three steps and a half.
+TIMEOUT_S = 200  # After this time the hosts are stopped.
+HISTORY_FILE = "history.pickle"
+PARENT_ENDED = 3  # Exit status of a host whose parent ended.
 
 
 def find_batches(steps: int) -> tuple[np.ndarray, int]:
-  """Labels, of shape (HOSTS, steps, ROWS, ...), and how many characters.
+  """Labels, of shape (HOSTS, steps, ROWS, ...), and the number of characters.
 
-  Each host would read its own. Here all of them read all, to keep it short.
+  In practice each host reads its own labels. Here all hosts read all labels, so
+  that the example is short.
   """
   sentences = sorted(find_sentences(), key=len)
   characters = find_characters(sentences)
   batches = np.full((HOSTS, steps * ROWS, LONGEST + 1), PADDING)
-  for host, texts in enumerate((sentences[-steps * ROWS :], sentences[:SHORT])):
+  for host, texts in enumerate(
+    (sentences[-steps * ROWS :], sentences[:SHORT_SENTENCES])
+  ):
     labels = pad([encode(text + END, characters) for text in texts])
     batches[host, : len(labels)] = labels[: steps * ROWS]
   return batches.reshape(HOSTS, steps, ROWS, -1), len(characters)
 
 
 def mean_of_means(params: Params, labels: jax.Array) -> jax.Array:
-  """What goes wrong: a device with few characters counts as much as another."""
+  """Wrong: a device with few characters counts as much as another."""
   return jax.lax.pmean(masked_loss(params, labels), "data")
 
 
 def on_devices(function: Callable, mesh: Mesh) -> Callable:
-  """Compiles a loss and its gradient, of labels of which each has its part."""
+  """Compiles a loss and its gradient, with the labels split over devices."""
   return jax.jit(
     jax.shard_map(
       jax.value_and_grad(function),
@@ -86,54 +89,55 @@ def on_devices(function: Callable, mesh: Mesh) -> Callable:
   )
 
 
-def end_with_parent() -> None:
-  sys.stdin.read()  # Until the pipe is closed, in whatever way the parent ends.
-  os._exit(ORPHANED)
+def exit_with_parent() -> None:
+  sys.stdin.read()  # Returns when the parent ends, even if it is killed.
+  os._exit(PARENT_ENDED)
 
 
 def run_host(
   host: int, port: int, steps: int, die_at: int | None, folder: str
 ) -> None:
-  """Trains, and writes down what it saw at each step."""
-  threading.Thread(target=end_with_parent, daemon=True).start()
+  """Trains, and saves the parameters, losses and gradients of each step."""
+  threading.Thread(target=exit_with_parent, daemon=True).start()
   jax.config.update("jax_num_cpu_devices", DEVICES)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   jax.distributed.initialize(f"127.0.0.1:{port}", HOSTS, host)
   mesh = Mesh(np.array(jax.devices()), ("data",))
   sharding = NamedSharding(mesh, PartitionSpec("data"))
-  right = on_devices(partial(masked_loss, axis_name="data"), mesh)
-  wrong = on_devices(mean_of_means, mesh)
+  masked = on_devices(partial(masked_loss, axis_name="data"), mesh)
+  unweighted = on_devices(mean_of_means, mesh)
 
   batches, characters = find_batches(steps)
   params = jax.device_get(init_params(jax.random.key(0), characters))
   optimizer = optax.sgd(0.5)
   state = optimizer.init(params)
-  seen = []
+  history = []
   for step in range(steps):
     if host == HOSTS - 1 and step == die_at:
       os.kill(os.getpid(), signal.SIGKILL)
-    own = batches[host, step]
-    labels = jax.make_array_from_process_local_data(sharding, own)
-    # Fetched at once: with few cores, devices that are at two programs at a
-    # time may wait for each other for ever.
-    got = jax.device_get(right(params, labels))
-    seen.append((params, got, jax.device_get(wrong(params, labels))))
-    updates, state = optimizer.update(got[1], state)
+    own_batch = batches[host, step]
+    labels = jax.make_array_from_process_local_data(sharding, own_batch)
+    # Fetched at once: with few cores, devices that run two programs at a time
+    # may wait for each other for ever.
+    loss, grads = jax.device_get(masked(params, labels))
+    wrong = jax.device_get(unweighted(params, labels))
+    history.append((params, (loss, grads), wrong))
+    updates, state = optimizer.update(grads, state)
     params = jax.device_get(optax.apply_updates(params, updates))
   if host == 0:
-    pathlib.Path(folder, RESULT).write_bytes(pickle.dumps(seen))
+    pathlib.Path(folder, HISTORY_FILE).write_bytes(pickle.dumps(history))
   jax.distributed.shutdown()
 
 
-def how_it_ended(status: int) -> str:
+def describe_exit(status: int) -> str:
   if status < 0:
     return f"was killed by {signal.Signals(-status).name}"
   return f"ended with exit status {status}"
 
 
 def run_hosts(arguments: Sequence[str], folder: str) -> list:
-  """Starts a process for each host and waits for them; all end together."""
+  """Runs a process for each host. If one of them fails, all are stopped."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -153,32 +157,33 @@ def run_hosts(arguments: Sequence[str], folder: str) -> list:
             command, stdin=subprocess.PIPE, stdout=file, stderr=file
           )
         )
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + TIMEOUT_S
     while None in (statuses := [process.poll() for process in hosts]):
       if any(statuses):
         break
       if time.monotonic() > end:
         sys.exit(
-          f"{log_of(0)}\nerror: not done after {SECONDS} seconds, and all hosts"
+          f"{log_of(0)}\nerror: not done after {TIMEOUT_S} seconds: all hosts"
           " were stopped."
         )
       time.sleep(0.1)
     failed = [(s, host) for host, s in enumerate(statuses) if s]
     if failed:
-      status, host = min(failed)  # A signal is negative, and tells more.
+      # The status of a signal is negative, and the more likely cause.
+      status, host = min(failed)
       sys.exit(
-        f"{log_of(host)}\nerror: host {host} {how_it_ended(status)}, and all"
+        f"{log_of(host)}\nerror: host {host} {describe_exit(status)}, and all"
         " were stopped."
       )
   finally:
     for process in hosts:
       process.kill()
       process.communicate()
-  return pickle.loads(pathlib.Path(folder, RESULT).read_bytes())
+  return pickle.loads(pathlib.Path(folder, HISTORY_FILE).read_bytes())
 
 
-def compare(steps: int, seen: list) -> bool:
-  """Whether losses and gradients are those of one process."""
+def compare(steps: int, history: list) -> bool:
+  """Whether the hosts have the losses and gradients of one process."""
   batches, _ = find_batches(steps)
   whole = jax.jit(jax.value_and_grad(masked_loss))
   print(
@@ -186,16 +191,17 @@ def compare(steps: int, seen: list) -> bool:
     "\n  step  host 0  host 1  2 hosts  1 host  differ by  loss       gradient"
   )
   equal = True
-  for step, (params, right, wrong) in enumerate(seen):
+  for step, (params, (loss, grads), wrong) in enumerate(history):
     batch = batches[:, step]
-    value, grads = whole(params, batch.reshape(-1, LONGEST + 1))
-    error = distance(right[1], grads)
-    equal &= error < 1e-6 and bool(abs(right[0] / value - 1) < 1e-6)
+    expected_loss, expected = whole(params, batch.reshape(-1, LONGEST + 1))
+    error = distance(grads, expected)
+    equal &= error < 1e-6 and bool(abs(loss / expected_loss - 1) < 1e-6)
     counts = (batch != PADDING).sum((1, 2))
     print(
-      f"  {step:4}  {counts[0]:6}  {counts[1]:6}  {right[0]:7.4f}  {value:.4f}"
-      f"  {error:9.0e}  {wrong[0] / value - 1:+4.0%}"
-      f"  {distance(wrong[1], grads):13.0%}",
+      f"  {step:4}  {counts[0]:6}  {counts[1]:6}  {loss:7.4f}"
+      f"  {expected_loss:.4f}  {error:9.0e}"
+      f"  {wrong[0] / expected_loss - 1:+4.0%}"
+      f"  {distance(wrong[1], expected):13.0%}",
       flush=True,
     )
   return equal
@@ -227,10 +233,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   with tempfile.TemporaryDirectory() as folder:
     try:
-      seen = run_hosts(sys.argv[1:] if argv is None else argv, folder)
+      history = run_hosts(sys.argv[1:] if argv is None else argv, folder)
     except KeyboardInterrupt:
       sys.exit("error: interrupted. All hosts were stopped.")
-  if not compare(args.steps, seen):
+  if not compare(args.steps, history):
     sys.exit("error: the hosts do not agree with one process.")
 
 

@@ -1,15 +1,15 @@
 """Trains a character model on sentences of varied length, padded with NaN.
 
-The text is what Python's own `help()` says about the language, which differs a
+The text is that of Python's own `help()` about the language, which differs a
 little from one version to the next. The sentences of a batch are padded to one
 length. In the padding every label is -100 and every logit NaN, so that padding
 that gets into a gradient can't go unnoticed.
 
-You will see the training and the held-out loss fall, a few sentences that the
-model makes up, and the gradients of one batch next to those of the same
-sentences without any padding: with `where=mask`, and with `loss * mask`. There
-the loss may look right, since XLA can make a select of a product with a mask.
-Its gradient is NaN all the same.
+The output has the falling training and held-out losses, a few sentences that
+the model makes up, and the gradients of one batch next to those of the same
+sentences without any padding: with `where=mask`, and with `loss * mask`. The
+loss with `loss * mask` may look right, since XLA can make a select of a product
+with a mask. Its gradient is NaN all the same.
 
     python examples/padded_text.py
 """
@@ -32,7 +32,7 @@ from optax_masking import reductions
 
 CONTEXT = 8  # The model sees so many characters before the one it predicts.
 LONGEST = 120  # Characters in a sentence.
-PADDING = -100  # The label of what isn't there.
+PADDING = -100  # The label behind the end of a sentence.
 END = "\n"  # Ends a sentence and, as its context, begins it. Its index is 0.
 
 Params = dict[str, jax.Array]
@@ -94,7 +94,7 @@ def predict_all(params: Params, labels: jax.Array) -> jax.Array:
 def masked_losses(
   params: Params, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The loss of each character, and which of them are there."""
+  """The loss of each character, and a mask without the padding."""
   mask = labels != PADDING
   return optax.softmax_cross_entropy_with_integer_labels(
     predict_all(params, labels), labels, where=mask
@@ -107,14 +107,14 @@ def masked_loss(
   denominator: jax.Array | None = None,
   axis_name: str | None = None,
 ) -> jax.Array:
-  """The mean over all characters, of all devices if their axis has a name."""
+  """The mean loss of a character, on all devices of a named axis."""
   return reductions.masked_mean(
     *masked_losses(params, labels), denominator=denominator, axis_name=axis_name
   )
 
 
-def multiplied_loss(params: Params, labels: jax.Array) -> jax.Array:
-  """What one writes without `where`."""
+def loss_times_mask(params: Params, labels: jax.Array) -> jax.Array:
+  """The usual code without `where`: its gradient is NaN."""
   mask = labels != PADDING
   losses = plain_optax.softmax_cross_entropy_with_integer_labels(
     predict_all(params, labels), labels
@@ -181,11 +181,13 @@ def loss_and_gradient(
 def compare_gradients(params: Params, sequences: list[list[int]]) -> bool:
   """Whether a padded batch has the gradient of its unpadded sentences."""
   tokens = sum(map(len, sequences))
-  each = [
+  unpadded = [
     loss_and_gradient(unpadded_loss, params, jnp.array([sequence]))
     for sequence in sequences
   ]
-  loss, exact = (jnp.stack(x).sum(0) / tokens for x in zip(*each, strict=True))
+  loss, exact = (
+    jnp.stack(x).sum(0) / tokens for x in zip(*unpadded, strict=True)
+  )
   largest = abs(exact).max()
   print(f"\nOne batch of {len(sequences)} held-out sentences:")
   print("                          loss   gradient")
@@ -195,7 +197,7 @@ def compare_gradients(params: Params, sequences: list[list[int]]) -> bool:
   loss, grad = loss_and_gradient(masked_loss, params, batch)
   error = abs(grad - exact).max()
   print(f"  padded, where=mask   {loss:7.4f}   differs by at most {error:.1e}")
-  loss, grad = loss_and_gradient(multiplied_loss, params, batch)
+  loss, grad = loss_and_gradient(loss_times_mask, params, batch)
   nans = f"{jnp.isnan(grad).sum():,} of {grad.size:,}"
   print(f"  padded, loss * mask  {loss:7.4f}   NaN in {nans} entries")
   # The two sums add some 1,000 float32 terms in different orders.
