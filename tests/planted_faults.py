@@ -4,7 +4,8 @@ They test the checks of `optax_masking.testing`: each of `FAULTS` has to be
 found, with the clause that it breaks and the argument that is at fault, and
 nothing may be found in any of `CORRECT`.
 
-Without a mask all are ordinary losses; what is wrong, the docstring says.
+Without a mask all are ordinary losses. The docstring of a fault describes the
+mistake.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ class Fault:
   """A loss with a mistake.
 
   Attributes:
-    name: What it is called.
+    name: The name of the function.
     loss: The function.
     args: Its positional arguments.
     where: Its mask.
@@ -46,7 +47,7 @@ class Correct:
   """A loss that keeps the mask contract.
 
   Attributes:
-    name: What it is called.
+    name: The name of the function.
     loss: The function.
     args: Its positional arguments.
     where: Its mask.
@@ -65,7 +66,7 @@ CORRECT: list[Correct] = []
 
 
 def fault(args, where, clause, argument=None, **options):
-  """Adds the decorated loss to the first table."""
+  """Adds the decorated loss to `FAULTS`."""
 
   def add(loss):
     name = loss.__name__
@@ -76,7 +77,7 @@ def fault(args, where, clause, argument=None, **options):
 
 
 def correct(args, where, **options):
-  """Adds the decorated loss to the second table."""
+  """Adds the decorated loss to `CORRECT`."""
 
   def add(loss):
     CORRECT.append(Correct(loss.__name__, loss, args, where, options))
@@ -127,7 +128,7 @@ ELEMENTS = mask("11010", "00000", "10111", "01101")
 TOKEN_MASK = mask("11", "10", "00")
 
 
-# What both tables use.
+# Helpers of faults and of correct losses.
 
 
 def included(where, x):
@@ -135,23 +136,23 @@ def included(where, x):
   return jnp.broadcast_to(True if where is None else where, jnp.shape(x))
 
 
-def zeroed(m, *arrays):
+def fill_zeros(m, *arrays):
   """The arrays with 0 where they are masked."""
   return [jnp.where(m, x, 0) for x in arrays]
 
 
 def masked_squares(predictions, targets, m):
   """Squared errors, 0 where masked. There is no fault in it."""
-  p, t = zeroed(m, predictions, targets)
+  p, t = fill_zeros(m, predictions, targets)
   return jnp.square(p - t)
 
 
 def mean_of(values, m, axis=None):
-  """The mean of what is included, 0 if nothing is. `values` are 0 elsewhere."""
+  """The mean of included values, 0 without any. Masked values have to be 0."""
   return jnp.sum(values, axis) / jnp.maximum(jnp.sum(m, axis), 1)
 
 
-def own(x, labels):
+def label_entry(x, labels):
   """The entry of each example that its integer label names."""
   labels = jnp.expand_dims(labels, -1)
   return jnp.take_along_axis(x, labels, -1, mode="clip")[..., 0]
@@ -165,14 +166,14 @@ def masked_max(x, m):
 
 
 def masked_logsumexp(x, m):
-  """Of what is included along the last axis, 0 if nothing is."""
+  """The logsumexp of included entries of the last axis, 0 without any."""
   top = jax.lax.stop_gradient(masked_max(x, m))
   shifted = jnp.where(m, x - top[..., None], 0)
   total = jnp.sum(jnp.where(m, jnp.exp(shifted), 0), -1)
   return jnp.log(jnp.where(jnp.any(m, -1), total, 1)) + top
 
 
-# Faults: what is masked gets through.
+# Faults: masked elements get through.
 
 
 @fault(PAIR, ELEMENTS, ("invariance", "zero_gradient"), "predictions")
@@ -185,7 +186,7 @@ def multiply_by_mask(predictions, targets, where):
 def multiply_by_float_mask(predictions, targets, mask):
   """The same, of the targets alone, and in the value: jit may select."""
   weights = mask.astype(predictions.dtype)
-  (p,) = zeroed(mask, predictions)
+  (p,) = fill_zeros(mask, predictions)
   return jnp.sum(jnp.abs(p - targets) * weights)
 
 
@@ -206,7 +207,7 @@ def log_with_epsilon(logits, labels, where):
 @fault(PAIR, ELEMENTS, ("invariance", "zero_gradient"), "targets")
 def targets_not_masked(predictions, targets, where):
   """Only the predictions are filled: the targets' gradient is NaN."""
-  (p,) = zeroed(where, predictions)
+  (p,) = fill_zeros(where, predictions)
   return jnp.where(where, jnp.square(p - targets), 0)
 
 
@@ -218,21 +219,21 @@ def mean_with_where(predictions, targets, where):
 
 @fault(PAIR, ELEMENTS, ("invariance",), "predictions")
 def filled_with_times_zero(predictions, targets, where):
-  """What replaces NaN is NaN times 0."""
+  """The fill is the masked element times 0, which is NaN for NaN."""
   p = jnp.where(where, predictions, predictions * 0)
-  (t,) = zeroed(where, targets)
+  (t,) = fill_zeros(where, targets)
   return jnp.square(p - t)
 
 
 @fault(PAIR, ELEMENTS, ("invariance",), "predictions")
 def inverted_mask(predictions, targets, where):
-  """It keeps what is to be masked."""
+  """It masks the included elements."""
   return masked_squares(predictions, targets, ~where)
 
 
 @fault(PAIR, ELEMENTS, ("invariance",), "predictions")
 def shifted_mask(predictions, targets, where):
-  """It is off by one position, as if it were for the next token."""
+  """The mask is off by one position, as if it were for the next token."""
   return masked_squares(predictions, targets, jnp.roll(where, 1, -1))
 
 
@@ -241,7 +242,7 @@ def shifted_mask(predictions, targets, where):
 )
 def clipped_input(probs, labels, where):
   """A clip bounds infinity and keeps NaN."""
-  (y,) = zeroed(where, labels)
+  (y,) = fill_zeros(where, labels)
   p = jnp.clip(probs, 0.01, 0.99)
   return jnp.where(where, -y * jnp.log(p) - (1 - y) * jnp.log(1 - p), 0)
 
@@ -282,12 +283,12 @@ def dictionary(batch, where):
 )
 def triplet(anchors, positives, negatives, where):
   """Two of three arguments are masked."""
-  a, p = zeroed(where[:, None], anchors, positives)
+  a, p = fill_zeros(where[:, None], anchors, positives)
   near = jnp.sum(jnp.square(a - p), -1)
   return jnp.maximum(near - jnp.sum(jnp.square(a - negatives), -1) + 1, 0)
 
 
-# Faults: what is included depends on what is masked.
+# Faults: results of included elements depend on masked ones.
 
 
 @fault(PAIR, ELEMENTS, ("invariance",), "predictions")
@@ -302,15 +303,15 @@ def weights_without_gradient(predictions, targets, where):
 def temperature_of_all(logits, labels, where):
   """The logits are scaled by the deviation of all, without gradient."""
   scale = jax.lax.stop_gradient(jnp.std(logits))
-  (z,) = zeroed(where[:, None], logits)
+  (z,) = fill_zeros(where[:, None], logits)
   log_p = jax.nn.log_softmax(z / scale)
-  return jnp.where(where, -own(log_p, jnp.where(where, labels, 0)), 0)
+  return jnp.where(where, -label_entry(log_p, jnp.where(where, labels, 0)), 0)
 
 
 @fault(PAIR, ELEMENTS, ("invariance",), "predictions")
 def huber_delta_of_all(predictions, targets, where):
   """Delta is a fifth of the largest error, masked ones too (BerHu)."""
-  p, t = zeroed(where, predictions, targets)
+  p, t = fill_zeros(where, predictions, targets)
   delta = jnp.max(jnp.abs(predictions - t)) / 5
   linear = jnp.abs(p - t)
   quadratic = jnp.minimum(linear, delta)
@@ -319,7 +320,7 @@ def huber_delta_of_all(predictions, targets, where):
 
 @fault((PREDICTIONS,), ELEMENTS, ("invariance",), "predictions")
 def filled_with_mean(predictions, where):
-  """The fill is the mean of all, and the mean of the filled is used."""
+  """The fill is the mean of all elements, masked ones too."""
   x = jnp.where(where, predictions, jnp.mean(predictions))
   return jnp.where(where, jnp.square(x - jnp.mean(x)), 0)
 
@@ -334,7 +335,7 @@ def batch_statistics(features, targets, where):
 
 @fault((*PAIR, WEIGHTS), EXAMPLES, ("invariance",), "weights")
 def weights_normalized_over_all(predictions, targets, weights, where):
-  """The weights add up to 1 with those of masked examples."""
+  """The weights of all examples add up to 1, masked ones too."""
   loss = jnp.sum(masked_squares(predictions, targets, where[:, None]), -1)
   return jnp.sum(jnp.where(where, weights / jnp.sum(weights), 0) * loss)
 
@@ -342,7 +343,7 @@ def weights_normalized_over_all(predictions, targets, weights, where):
 @fault((LOGITS,), ELEMENTS, ("invariance",), "scores")
 def maximum_of_all(scores, where):
   """The maximum is over masked classes, too."""
-  (x,) = zeroed(where, scores)
+  (x,) = fill_zeros(where, scores)
   margins = jnp.max(scores, -1, keepdims=True) - x
   return jnp.sum(jnp.where(where, margins, 0), -1)
 
@@ -350,17 +351,17 @@ def maximum_of_all(scores, where):
 @fault((VECTORS, OTHERS), EXAMPLES, ("invariance",), "others")
 def hardest_negative_of_all(vectors, others, where):
   """The nearest of the other examples may be a masked one."""
-  (a,) = zeroed(where[:, None], vectors)
+  (a,) = fill_zeros(where[:, None], vectors)
   distances = jnp.sum(jnp.square(a[:, None] - others[None]), -1)
   distances += 100 * jnp.eye(len(a), dtype=a.dtype)
-  nearest = own(distances, jnp.argmin(distances, -1))
+  nearest = label_entry(distances, jnp.argmin(distances, -1))
   return jnp.where(where, jnp.maximum(0, 4 - nearest), 0)
 
 
 @fault((VECTORS, OTHERS), EXAMPLES, ("invariance",), "keys")
 def negatives_in_batch(queries, keys, where):
   """Masked examples are negatives of the others."""
-  (q,) = zeroed(where[:, None], queries)
+  (q,) = fill_zeros(where[:, None], queries)
   log_p = jax.nn.log_softmax(q @ keys.T)
   return jnp.where(where, -jnp.diagonal(log_p), 0)
 
@@ -377,13 +378,13 @@ def state_of_masked_steps(predictions, targets, inputs, where):
 @fault((PROBABILITIES, LABELS), ELEMENTS, ("invariance",), "targets")
 def union_of_all(predictions, targets, where):
   """The intersection is masked, one term of the union is not (Dice)."""
-  p, t = zeroed(where, predictions, targets)
+  p, t = fill_zeros(where, predictions, targets)
   union = jnp.sum(p, -1) + jnp.sum(targets, -1)
   loss = 1 - (2 * jnp.sum(p * t, -1) + 1) / (union + 1)
   return jnp.where(jnp.any(where, -1), loss, 0)
 
 
-# Faults: another number than that of what is included alone.
+# Faults: other numbers than for the data without masked elements.
 
 
 @fault(PAIR, ELEMENTS, ("compaction",))
@@ -400,7 +401,7 @@ def mean_over_all(predictions, targets, where=None):
   dtypes=("float32",),
 )
 def mean_of_tiny_errors(predictions, targets, where=None):
-  """The same, of numbers that an absolute tolerance takes for 0."""
+  """A mean over all, of numbers that an absolute tolerance takes for 0."""
   m = included(where, predictions[:, 0])
   loss = masked_squares(predictions, targets, m[:, None])
   return jnp.mean(jnp.sum(loss, -1))
@@ -411,12 +412,14 @@ def mean_over_time(logits, labels, where=None):
   """The loss of a sequence is divided by its padded length."""
   m = included(where, labels)
   log_p = jax.nn.log_softmax(jnp.where(m[..., None], logits, 0))
-  return jnp.mean(jnp.where(m, -own(log_p, jnp.where(m, labels, 0)), 0), -1)
+  return jnp.mean(
+    jnp.where(m, -label_entry(log_p, jnp.where(m, labels, 0)), 0), -1
+  )
 
 
 @fault(PAIR, ELEMENTS, ("compaction",))
 def mean_over_empty_rows(predictions, targets, where=None):
-  """Rows of which nothing is left count in the mean of the rows' means."""
+  """Rows without an included element count in the mean of the rows' means."""
   m = included(where, predictions)
   return jnp.mean(mean_of(masked_squares(predictions, targets, m), m, -1))
 
@@ -427,7 +430,7 @@ def epsilon_in_denominator(predictions, targets, where=None):
   loss = jnp.abs(predictions - targets)
   if where is None:
     return jnp.mean(loss)
-  p, t = zeroed(where, predictions, targets)
+  p, t = fill_zeros(where, predictions, targets)
   return jnp.sum(jnp.abs(p - t)) / (jnp.sum(where) + 0.1)
 
 
@@ -442,7 +445,7 @@ def fill_with_a_loss(predictions, targets, where=None):
 @fault((LOGITS, LABELS), ELEMENTS, ("compaction",))
 def zero_in_normalizer(logits, labels, where=None):
   """A logit of 0 is as probable as any other."""
-  z, y = zeroed(included(where, logits), logits, labels)
+  z, y = fill_zeros(included(where, logits), logits, labels)
   return jnp.sum(-y * jax.nn.log_softmax(z), -1)
 
 
@@ -456,10 +459,10 @@ def minus_ten_in_normalizer(logits, labels, where=None):
 
 @fault((LOGITS, INDEX), ELEMENTS, ("compaction",))
 def smoothing_over_all_classes(logits, labels, where=None):
-  """Masked classes keep their share of what is smoothed."""
+  """Masked classes keep their share of the smoothing."""
   m = included(where, logits)
   labels = jnp.where(jnp.any(m, -1), labels, 0)
-  m &= own(m, labels)[:, None]
+  m &= label_entry(m, labels)[:, None]
   log_p = jnp.where(m, logits, 0) - masked_logsumexp(logits, m)[:, None]
   n = logits.shape[-1]
   smooth = 0.8 * jax.nn.one_hot(labels, n, dtype=log_p.dtype) + 0.2 / n
@@ -476,14 +479,14 @@ TIED = np.array(
 def tie_with_the_fill(scores, where=None):
   """The fill is the mean: if all are equal, it takes half of the gradient."""
   m = included(where, scores)
-  (x,) = zeroed(m, scores)
+  (x,) = fill_zeros(m, scores)
   mean = jax.lax.stop_gradient(mean_of(x, m, -1))
   return jnp.max(jnp.where(m, scores, mean[:, None]), -1)
 
 
 @fault(PAIR, ELEMENTS, ("compaction",))
 def discount_of_masked_steps(predictions, targets, where=None):
-  """The discount goes on through what is masked."""
+  """The discount counts masked steps."""
   steps = jnp.arange(predictions.shape[-1])
   m = included(where, predictions)
   return jnp.sum(masked_squares(predictions, targets, m) * 0.5**steps, -1)
@@ -523,14 +526,14 @@ def entropy_of_nothing(logits, where=None):
 
 @fault((LOGITS,), ELEMENTS, ("empty", "clean_arithmetic"))
 def logsumexp_of_nothing(logits, where):
-  """It is -inf."""
+  """The maximum of nothing is -inf."""
   return jax.nn.logsumexp(logits, axis=-1, where=where)
 
 
 @fault((PREDICTIONS, TARGETS), ELEMENTS, ("empty", "clean_arithmetic"))
 def cosine_of_nothing(predictions, targets, where):
   """The norm of an empty row is 0, and 0/0 its cosine."""
-  p, t = zeroed(where, predictions, targets)
+  p, t = fill_zeros(where, predictions, targets)
   norms = jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(t, axis=-1)
   return jnp.sum(p * t, -1) / norms
 
@@ -538,7 +541,7 @@ def cosine_of_nothing(predictions, targets, where):
 @fault((PREDICTIONS, TARGETS), ELEMENTS, ("empty",))
 def distance_of_nothing(predictions, targets, where):
   """With an epsilon the cosine is 0 instead, and the distance 1."""
-  p, t = zeroed(where, predictions, targets)
+  p, t = fill_zeros(where, predictions, targets)
   norms = jnp.sum(p * p, -1) * jnp.sum(t * t, -1)
   return 1 - jnp.sum(p * t, -1) / jnp.sqrt(jnp.maximum(norms, 1e-3))
 
@@ -553,9 +556,9 @@ def distance_of_nothing(predictions, targets, where):
   "logits",
 )
 def logit_of_masked_label(logits, labels, where):
-  """Optax's: the label's own logit is taken from what is not masked."""
+  """Optax's: the logit of the label may be a masked one."""
   any_left = jnp.any(where, -1)
-  label_logit = own(logits, jnp.where(any_left, labels, 0))
+  label_logit = label_entry(logits, jnp.where(any_left, labels, 0))
   return jnp.where(any_left, masked_logsumexp(logits, where) - label_logit, 0)
 
 
@@ -565,7 +568,9 @@ def fill_as_label_logit(logits, labels, where):
   z = jnp.where(where, logits, -1e4)
   any_left = jnp.any(where, -1)
   log_p = jax.nn.log_softmax(z)
-  return jnp.where(any_left, -own(log_p, jnp.where(any_left, labels, 0)), 0)
+  return jnp.where(
+    any_left, -label_entry(log_p, jnp.where(any_left, labels, 0)), 0
+  )
 
 
 @fault((LOGITS, INDEX), EXAMPLES, ("invariance",), "labels")
@@ -579,7 +584,7 @@ def take_out_of_range(logits, labels, where):
 
 @fault((LOGITS, INDEX), EXAMPLES, ("clean_arithmetic",))
 def take_and_select(logits, labels, where):
-  """It takes NaN for a label out of range, and selects 0 instead of it."""
+  """A label out of range takes NaN, which a select replaces by 0."""
   log_p = jax.nn.log_softmax(jnp.where(where[:, None], logits, 0))
   label_log_p = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
   return jnp.where(where, -label_log_p, 0)
@@ -601,7 +606,7 @@ def count_of_one_hot(logits, labels, where):
 def mask_along_classes(logits, labels, where):
   """As many classes as examples: a mask of examples masks classes."""
   log_p = jax.nn.log_softmax(jnp.where(where, logits, -1e4))
-  return -own(log_p, jnp.clip(labels, 0, 3))
+  return -label_entry(log_p, jnp.clip(labels, 0, 3))
 
 
 @fault(
@@ -613,16 +618,16 @@ def mask_along_classes(logits, labels, where):
 def mask_along_time(logits, labels, where):
   """As many tokens as sequences: a mask of sequences masks tokens."""
   log_p = jax.nn.log_softmax(jnp.where(where[:, None], logits, 0))
-  return jnp.where(where, -own(log_p, jnp.where(where, labels, 0)), 0)
+  return jnp.where(where, -label_entry(log_p, jnp.where(where, labels, 0)), 0)
 
 
 @fault((TOKEN_LOGITS, TOKENS), np.array([True, False, True]), ("accepts",))
 def mask_that_does_not_broadcast(logits, labels, where):
   """A mask of three sequences meets the losses of two tokens each."""
-  return jnp.where(where, -own(jax.nn.log_softmax(logits), labels), 0)
+  return jnp.where(where, -label_entry(jax.nn.log_softmax(logits), labels), 0)
 
 
-# Faults: NaN of what is included is dropped.
+# Faults: NaN of an included element is dropped.
 
 
 @fault(PAIR, ELEMENTS, ("honesty",), "predictions")
@@ -663,20 +668,20 @@ def non_finite_dropped(predictions, targets, where=None):
   return mean_of(masked_squares(predictions, targets, where), where)
 
 
-# Faults: NaN or infinity on the way.
+# Faults: intermediate NaN or infinity.
 
 
 @fault((PROBABILITIES,), ELEMENTS, ("clean_arithmetic",))
 def log_of_the_fill(probs, where):
   """The fill is 0, its logarithm is selected away again."""
-  (p,) = zeroed(where, probs)
+  (p,) = fill_zeros(where, probs)
   return jnp.where(where, -jnp.log(p), 0)
 
 
 @fault((VECTORS,), EXAMPLES, ("clean_arithmetic", "zero_gradient", "empty"))
 def norm_of_the_fill(vectors, where):
   """The norm of 0 has no gradient: NaN, selected away in reverse mode."""
-  (x,) = zeroed(where[:, None], vectors)
+  (x,) = fill_zeros(where[:, None], vectors)
   return jnp.linalg.norm(x, axis=-1)
 
 
@@ -735,7 +740,7 @@ def sum_of_fills_overflows(logits, where=None):
 
 @fault(PAIR, ELEMENTS, ("transforms", "identity"), dtypes=("bfloat16",))
 def float32_from_bfloat16(predictions, targets, where=None):
-  """A mask made float32 makes the loss so."""
+  """A mask in float32 makes the loss float32."""
   m = included(where, predictions)
   loss = masked_squares(predictions, targets, m)
   return loss if where is None else loss * m.astype("float32")
@@ -753,7 +758,7 @@ def bfloat16_from_float32(predictions, targets, where=None):
 
 @fault(PAIR, ELEMENTS, ("accepts", "transforms"))
 def branch_of_python(predictions, targets, where):
-  """A mask that is traced is neither true nor false."""
+  """A Python branch on a traced mask raises."""
   if not where.any():
     return jnp.zeros((), predictions.dtype)
   return mean_of(masked_squares(predictions, targets, where), where)
@@ -761,20 +766,20 @@ def branch_of_python(predictions, targets, where):
 
 @fault(PAIR, ELEMENTS, ("accepts", "transforms"))
 def boolean_index(predictions, targets, where):
-  """The shape of what is included is not known to jit."""
+  """Under jit the number of included elements is unknown."""
   return jnp.sum(jnp.square(predictions[where] - targets[where]))
 
 
 @fault(PAIR, ELEMENTS, ("transforms", "invariance"))
 def mask_ignored_if_traced(predictions, targets, where):
-  """The mask is used if its numbers are known, and else forgotten."""
+  """A traced mask is ignored."""
   if isinstance(where, jax.core.Tracer):
     return jnp.square(predictions - targets)
   return masked_squares(predictions, targets, where)
 
 
 def _conditional_mean(values, m):
-  """The mean, if there is one: in itself, it never computes 0/0."""
+  """The mean of included errors, 0 without any."""
   count = jnp.sum(m)
   return jax.lax.cond(
     count > 0,
@@ -785,7 +790,7 @@ def _conditional_mean(values, m):
 
 @fault(PAIR, ELEMENTS, ("clean_arithmetic",))
 def conditional_in_vmap(predictions, targets, where):
-  """Both branches run: 0/0 is computed and selected away again."""
+  """Under vmap both branches of the mean run: 0/0 is computed."""
   loss = masked_squares(predictions, targets, where)
   return jax.vmap(_conditional_mean)(loss, where)
 
@@ -802,12 +807,12 @@ def _(size, batched, m):
 
 @fault(PAIR, ELEMENTS, ("transforms",))
 def count_over_vmap(predictions, targets, where):
-  """The rule for vmap, by hand, counts over what is mapped, too."""
+  """The custom rule for vmap also counts over the mapped axis."""
   loss = jnp.sum(masked_squares(predictions, targets, where))
   return loss / jnp.maximum(_count(jnp.asarray(where)), 1)
 
 
-# Faults: in derivatives by hand.
+# Faults: in custom derivatives.
 
 
 @jax.custom_jvp
@@ -823,7 +828,7 @@ def _(primals, tangents):
 
 @fault((PROBABILITIES,), ELEMENTS, ("invariance", "zero_gradient"), "probs")
 def tangent_by_hand(probs, where):
-  """The tangent is 0 divided by what is masked; in reverse mode it is not."""
+  """The tangent is 0 divided by a masked element. Reverse mode is correct."""
   return -_log_forward(probs, where)
 
 
@@ -898,7 +903,7 @@ _square.defvjp(lambda x, m: (_square(x, m), x), lambda x, g: (2 * x * g, None))
   derivatives=("value", "vjp"),
 )
 def backward_by_hand(errors, where):
-  """The value is masked, the gradient by hand is not."""
+  """The value is masked, the custom gradient is not."""
   return _square(errors, where)
 
 
@@ -924,7 +929,7 @@ def squared_error_of_tiny_numbers(predictions, targets, where=None):
 
 @correct((np.array([[1, 2, 0, 1, 3]] * 4, "float32"), TIED), ELEMENTS)
 def absolute_error_at_zero(predictions, targets, where=None):
-  p, t = zeroed(included(where, predictions), predictions, targets)
+  p, t = fill_zeros(included(where, predictions), predictions, targets)
   return jnp.abs(p - t)
 
 
@@ -933,13 +938,13 @@ def absolute_error_at_zero(predictions, targets, where=None):
 )
 def hinge_at_the_margin(scores, labels, where=None):
   m = included(where, scores)
-  x, y = zeroed(m, scores, labels)
+  x, y = fill_zeros(m, scores, labels)
   return jnp.where(m, jnp.maximum(0, 1 - x * y), 0)
 
 
 @correct((np.array([[1, 2, 3, 4, -1]] * 4, "float32"), BINARY), ELEMENTS)
 def huber_at_delta(predictions, targets, where=None):
-  p, t = zeroed(included(where, predictions), predictions, targets)
+  p, t = fill_zeros(included(where, predictions), predictions, targets)
   linear = jnp.abs(p - t)
   quadratic = jnp.minimum(linear, 1)
   return quadratic**2 / 2 + linear - quadratic
@@ -947,7 +952,7 @@ def huber_at_delta(predictions, targets, where=None):
 
 @correct((np.array([[0, 1, -1, 0, 2]] * 4, "float32"),), ELEMENTS)
 def relu_at_zero(x, where=None):
-  return jax.nn.relu(*zeroed(included(where, x), x))
+  return jax.nn.relu(*fill_zeros(included(where, x), x))
 
 
 @correct((PROBABILITIES, BINARY), ELEMENTS)
@@ -960,7 +965,7 @@ def binary_cross_entropy(probs, labels, where=None):
 @correct((LOGITS, BINARY), ELEMENTS, gamma=2.0, reduction="mean")
 def focal_loss(logits, labels, where=None, *, gamma=1.0, reduction="none"):
   m = included(where, logits)
-  z, y = zeroed(m, logits, labels)
+  z, y = fill_zeros(m, logits, labels)
   z = z * (1 - 2 * y)
   loss = jax.nn.sigmoid(z) ** gamma * jax.nn.softplus(z)
   loss = jnp.where(m, loss, 0)
@@ -970,20 +975,20 @@ def focal_loss(logits, labels, where=None, *, gamma=1.0, reduction="none"):
 @correct((*PAIR, normal(16, 4, 5)), ELEMENTS)
 def gaussian_likelihood(predictions, targets, log_variances, where=None):
   m = included(where, predictions)
-  (v,) = zeroed(m, log_variances)
+  (v,) = fill_zeros(m, log_variances)
   return (masked_squares(predictions, targets, m) * jnp.exp(-v) + v) / 2
 
 
 @correct((LOGITS, np.abs(TARGETS)), ELEMENTS)
 def poisson_likelihood(log_rates, counts, where=None):
   m = included(where, log_rates)
-  rate, k = zeroed(m, log_rates, counts)
+  rate, k = fill_zeros(m, log_rates, counts)
   return jnp.sum(jnp.where(m, jnp.exp(rate) - k * rate, 0), -1)
 
 
 @correct(PAIR, ELEMENTS)
 def quantile_loss(predictions, targets, where=None):
-  p, t = zeroed(included(where, predictions), predictions, targets)
+  p, t = fill_zeros(included(where, predictions), predictions, targets)
   return jnp.maximum(0.9 * (t - p), 0.1 * (p - t))
 
 
@@ -1021,7 +1026,7 @@ def dictionary_of_arrays(batch, where=None):
 @correct((*PAIR, WEIGHTS), EXAMPLES)
 def weights_of_examples(predictions, targets, weights, where=None):
   m = included(where, weights)
-  (w,) = zeroed(m, weights)
+  (w,) = fill_zeros(m, weights)
   loss = jnp.sum(masked_squares(predictions, targets, m[:, None]), -1)
   return jnp.sum(w * loss) / jnp.where(jnp.any(m), jnp.sum(w), 1)
 
@@ -1059,7 +1064,7 @@ def scales_of_groups(predictions, targets, groups, where=None):
 @correct((LOGITS, LABELS), ELEMENTS)
 def cross_entropy(logits, labels, where=None):
   m = included(where, logits)
-  z, y = zeroed(m, logits, labels)
+  z, y = fill_zeros(m, logits, labels)
   log_p = jnp.where(m, z - masked_logsumexp(z, m)[..., None], 0)
   return jnp.sum(-y * log_p, -1)
 
@@ -1067,68 +1072,70 @@ def cross_entropy(logits, labels, where=None):
 @correct((LOGITS, LABELS), EXAMPLES)
 def cross_entropy_of_examples(logits, labels, where=None):
   m = included(where, logits[:, 0])[:, None]
-  z, y = zeroed(m, logits, labels)
+  z, y = fill_zeros(m, logits, labels)
   return jnp.sum(-y * jax.nn.log_softmax(z), -1)
 
 
 @correct((LOGITS, INDEX), EXAMPLES)
 def cross_entropy_of_integer_labels(logits, labels, where=None):
   m = included(where, labels)
-  (z,) = zeroed(m[:, None], logits)
-  (labels,) = zeroed(m, labels)
-  return jnp.where(m, -own(jax.nn.log_softmax(z), labels), 0)
+  (z,) = fill_zeros(m[:, None], logits)
+  (labels,) = fill_zeros(m, labels)
+  return jnp.where(m, -label_entry(jax.nn.log_softmax(z), labels), 0)
 
 
 @correct((LOGITS, INDEX), ELEMENTS)
 def cross_entropy_of_included_classes(logits, labels, where=None):
   m = included(where, logits)
-  (labels,) = zeroed(jnp.any(m, -1), labels)
-  kept = own(m, labels)
+  (labels,) = fill_zeros(jnp.any(m, -1), labels)
+  kept = label_entry(m, labels)
   m &= kept[:, None]  # A masked class is no target.
-  (z,) = zeroed(m, logits)
-  return jnp.where(kept, masked_logsumexp(z, m) - own(z, labels), 0)
+  (z,) = fill_zeros(m, logits)
+  return jnp.where(kept, masked_logsumexp(z, m) - label_entry(z, labels), 0)
 
 
 @correct((LOGITS, INDEX, uniform(18, 5)), EXAMPLES)
 def weights_of_classes(logits, labels, weights, where=None):
   m = included(where, labels)
-  (labels,) = zeroed(m, labels)
-  log_p = jax.nn.log_softmax(*zeroed(m[:, None], logits))
+  (labels,) = fill_zeros(m, labels)
+  log_p = jax.nn.log_softmax(*fill_zeros(m[:, None], logits))
   w = jnp.where(m, weights[labels], 0)
-  return jnp.sum(-w * own(log_p, labels)) / jnp.where(jnp.any(m), jnp.sum(w), 1)
+  return jnp.sum(-w * label_entry(log_p, labels)) / jnp.where(
+    jnp.any(m), jnp.sum(w), 1
+  )
 
 
 @correct((LOGITS, INDEX, np.array(0.5, "float32")), EXAMPLES)
 def scalar_temperature(logits, labels, temperature, where=None):
   m = included(where, labels)
-  (labels,) = zeroed(m, labels)
+  (labels,) = fill_zeros(m, labels)
   log_p = jax.nn.log_softmax(jnp.where(m[:, None], logits, 0) / temperature)
-  return mean_of(jnp.where(m, -own(log_p, labels), 0), m)
+  return mean_of(jnp.where(m, -label_entry(log_p, labels), 0), m)
 
 
 @correct((TOKEN_LOGITS, TOKENS), TOKEN_MASK)
 def language_model(logits, labels, where=None):
   m = included(where, labels)
-  (labels,) = zeroed(m, labels)
+  (labels,) = fill_zeros(m, labels)
   log_p = jax.nn.log_softmax(jnp.where(m[..., None], logits, 0))
-  return mean_of(jnp.where(m, -own(log_p, labels), 0), m)
+  return mean_of(jnp.where(m, -label_entry(log_p, labels), 0), m)
 
 
 @correct((TIED, np.array([1, 2, 3, 4], "int32")), ELEMENTS)
 def multiclass_hinge_of_ties(scores, labels, where=None):
   m = included(where, scores)
-  (labels,) = zeroed(jnp.any(m, -1), labels)
-  kept = own(m, labels)
+  (labels,) = fill_zeros(jnp.any(m, -1), labels)
+  kept = label_entry(m, labels)
   m &= kept[:, None]
-  (x,) = zeroed(m, scores)
+  (x,) = fill_zeros(m, scores)
   margins = x + (jnp.arange(x.shape[-1]) != labels[:, None])
-  return jnp.where(kept, masked_max(margins, m) - own(x, labels), 0)
+  return jnp.where(kept, masked_max(margins, m) - label_entry(x, labels), 0)
 
 
 @correct((LOGITS / 2, LABELS), ELEMENTS)
 def sparsemax(scores, labels, where=None):
   m = included(where, scores)
-  z, y = zeroed(m, scores, labels)
+  z, y = fill_zeros(m, scores, labels)
   lowest = jnp.min(z, -1, keepdims=True)
   z_sorted = -jnp.sort(-jnp.where(m, z, lowest), -1)
   k = jnp.arange(1, z.shape[-1] + 1)
@@ -1155,7 +1162,7 @@ def kl_divergence(predictions, targets, where=None):
 def cosine_distance(predictions, targets, where=None):
   m = included(where, predictions)
   left = jnp.any(m, -1)
-  p, t = zeroed(m, predictions, targets)
+  p, t = fill_zeros(m, predictions, targets)
   squares = jnp.sum(p * p, -1) * jnp.sum(t * t, -1)
   norms = jnp.sqrt(jnp.where(left, squares, 1))
   return jnp.where(left, 1 - jnp.sum(p * t, -1) / norms, 0)
@@ -1164,7 +1171,7 @@ def cosine_distance(predictions, targets, where=None):
 @correct((PROBABILITIES, BINARY), ELEMENTS)
 def dice(probs, labels, where=None):
   m = included(where, probs)
-  p, y = zeroed(m, probs, labels)
+  p, y = fill_zeros(m, probs, labels)
   # With nothing left it is 1 - 1/1.
   return 1 - (2 * jnp.sum(p * y, -1) + 1) / (jnp.sum(p + y, -1) + 1)
 
@@ -1175,7 +1182,7 @@ def pairwise_ranking(scores, relevances, where=None):
   pairs = m[..., :, None] & m[..., None, :]
   differences, gains = (
     jnp.where(pairs, x[..., :, None] - x[..., None, :], 0)
-    for x in zeroed(m, scores, relevances)
+    for x in fill_zeros(m, scores, relevances)
   )
   loss = jnp.maximum(gains, 0) * jax.nn.softplus(-differences)
   return jnp.sum(loss, (-1, -2))
@@ -1187,7 +1194,7 @@ def pairwise_ranking(scores, relevances, where=None):
 @correct((VECTORS, OTHERS), EXAMPLES)
 def contrastive(queries, keys, where=None):
   m = included(where, queries[:, 0])
-  q, k = zeroed(m[:, None], queries, keys)
+  q, k = fill_zeros(m[:, None], queries, keys)
   pairs = m[:, None] & m[None, :]
   similarities = jnp.where(pairs, q @ k.T, 0)
   loss = masked_logsumexp(similarities, pairs) - jnp.diagonal(similarities)
@@ -1197,7 +1204,7 @@ def contrastive(queries, keys, where=None):
 @correct((VECTORS, OTHERS), EXAMPLES)
 def error_of_standardized(features, targets, where=None):
   m = included(where, features[:, 0])[:, None]
-  x, t = zeroed(m, features, targets)
+  x, t = fill_zeros(m, features, targets)
   centered = jnp.where(m, x - mean_of(x, m, 0), 0)
   variance = mean_of(jnp.square(centered), m, 0)
   x = centered / jnp.sqrt(variance + 0.01)
@@ -1207,18 +1214,18 @@ def error_of_standardized(features, targets, where=None):
 @correct((PREDICTIONS,), ELEMENTS)
 def variance_of_rows(x, where=None):
   m = included(where, x)
-  (x,) = zeroed(m, x)
+  (x,) = fill_zeros(m, x)
   centered = jnp.where(m, x - mean_of(x, m, -1)[..., None], 0)
   return mean_of(jnp.square(centered), m, -1)
 
 
-# Correct: what JAX has besides arrays.
+# Correct: loops, branches and custom derivatives.
 
 
 @correct(PAIR, ELEMENTS)
 def scan_over_time(predictions, targets, where=None):
   m = included(where, predictions)
-  p, t = zeroed(m, predictions, targets)
+  p, t = fill_zeros(m, predictions, targets)
 
   def step(state, inputs):
     p, t, kept = inputs
@@ -1232,7 +1239,7 @@ def scan_over_time(predictions, targets, where=None):
 @correct(PAIR, ELEMENTS)
 def rematerialized(predictions, targets, where=None):
   m = included(where, predictions)
-  p, t = zeroed(m, predictions, targets)
+  p, t = fill_zeros(m, predictions, targets)
   return jax.checkpoint(lambda p, t: jnp.sum(jnp.sin(p - t) ** 2, -1))(p, t)
 
 
@@ -1258,7 +1265,7 @@ _softplus.defjvps(lambda t, _, x: t * jax.nn.sigmoid(x))
 @correct((LOGITS,), ELEMENTS)
 def derivative_by_hand(logits, where=None):
   m = included(where, logits)
-  return jnp.where(m, _softplus(*zeroed(m, logits)), 0)
+  return jnp.where(m, _softplus(*fill_zeros(m, logits)), 0)
 
 
 @jax.custom_vjp
@@ -1271,13 +1278,15 @@ _half_square.defvjp(lambda x: (x * x / 2, x), lambda x, g: (x * g,))
 
 @correct((PREDICTIONS,), ELEMENTS, derivatives=("value", "vjp"))
 def gradient_by_hand(errors, where=None):
-  return _half_square(*zeroed(included(where, errors), errors))
+  return _half_square(*fill_zeros(included(where, errors), errors))
 
 
 @correct(PAIR, ELEMENTS, dtypes=("bfloat16",))
 def sum_in_float32(predictions, targets, where=None):
   m = included(where, predictions)
-  p, t = zeroed(m, *(jnp.asarray(x, "float32") for x in (predictions, targets)))
+  p, t = fill_zeros(
+    m, *(jnp.asarray(x, "float32") for x in (predictions, targets))
+  )
   return jnp.sum(jnp.square(p - t), -1).astype(predictions.dtype)
 
 

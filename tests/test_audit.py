@@ -1,4 +1,4 @@
-"""The command `optax-masking audit`, and what it finds in Optax."""
+"""The command `optax-masking audit`, and its findings in Optax."""
 
 import functools
 import importlib.metadata
@@ -196,7 +196,7 @@ class AuditTest(parameterized.TestCase):
     self.assertEqual(status, 2)
     self.assertIn("--quick", errors)
 
-    # What other losses have stays as it is.
+    # The findings of other losses stay as they are.
     status, *_ = self.audit(
       "some_losses:right", *arguments[1:], "--update-base"
     )
@@ -235,16 +235,16 @@ class AuditTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_progress(self):
-    """On a terminal, in one line that is gone in the end."""
+    """On a terminal the progress is one line, which is erased in the end."""
     errors = io.StringIO()
     errors.isatty = lambda: True  # type: ignore[method-assign]
     with redirect_stdout(io.StringIO()), redirect_stderr(errors):
       main(["audit", "--quick", "some_losses:cases"])
-    told = errors.getvalue()
-    self.assertIn("[0/3] some_losses:cases of_three_axes", told)
-    self.assertIn("[3/3]", told)
-    self.assertNotIn("\n", told)
-    self.assertTrue(told.endswith("\r\x1b[K"))
+    progress = errors.getvalue()
+    self.assertIn("[0/3] some_losses:cases of_three_axes", progress)
+    self.assertIn("[3/3]", progress)
+    self.assertNotIn("\n", progress)
+    self.assertTrue(progress.endswith("\r\x1b[K"))
 
   @pytest.mark.slow
   def test_output_that_has_no_unicode(self):
@@ -257,7 +257,7 @@ class AuditTest(parameterized.TestCase):
 
 @pytest.mark.slow
 class OptaxTest(parameterized.TestCase):
-  """What is known to go wrong in Optax is found, in a quick audit too."""
+  """A quick audit finds the known faults of Optax."""
 
   options: tuple[str, ...] = ("--quick",)
 
@@ -338,7 +338,7 @@ class OptaxTest(parameterized.TestCase):
 
   @pytest.mark.nightly
   def test_masks_of_examples(self):
-    """Which a quick audit leaves out."""
+    """A quick audit leaves out masks of examples."""
     self.check_masks_of_examples("kl_divergence")
 
   def check_masks_of_examples(self, name):
@@ -374,9 +374,9 @@ class FullOptaxTest(OptaxTest):
     self.check_masks_of_examples(name)
 
 
-# One of each mechanism of which an audit takes seconds: number fills, functions
-# as fills, and formulas with labels.
-FEW = (
+# Losses of three mechanisms with a fast audit: number fills, functions as fills
+# and formulas with labels.
+QUICK_LOSSES = (
   "kl_divergence",
   "safe_softmax_cross_entropy",
   "softmax_cross_entropy_with_integer_labels",
@@ -385,21 +385,18 @@ FEW = (
 
 @pytest.mark.filterwarnings("ignore:The function convex_kl_divergence")
 class OwnTest(parameterized.TestCase):
-  """No false alarm, and no alarm, in the losses of this package.
-
-  In full they are audited every night.
-  """
+  """The audit finds nothing in the losses of this package."""
 
   def check(self, name):
     (found,) = findings("--quick", "optax_masking", "--loss", name).values()
     self.assertEqual(found, [])
 
-  @parameterized.parameters(*FEW)
+  @parameterized.parameters(*QUICK_LOSSES)
   @pytest.mark.slow
   def test_nothing_is_found(self, name):
     self.check(name)
 
-  @parameterized.parameters(sorted({*MASKED} - {*FEW}))
+  @parameterized.parameters(sorted({*MASKED} - {*QUICK_LOSSES}))
   @pytest.mark.nightly
   def test_nothing_is_found_in_others(self, name):
     self.check(name)

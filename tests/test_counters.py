@@ -1,4 +1,4 @@
-"""The counters of the benchmark, on programs that can be worked out by hand."""
+"""The counters of the benchmark, on programs with known costs."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def scattered(x, y):
   ],
 )
 def test_bytes(function, dtype, arrays):
-  """In arrays of the size of `x`; of each row a few numbers more."""
+  """Counts bytes in arrays of the size of `x`, and few others in each row."""
   x = jax.ShapeDtypeStruct(X.shape, dtype)
   got = counters(function, x, Y)["bytes"] / (x.size * x.dtype.itemsize)
   assert arrays <= got <= arrays + 0.05

@@ -1,4 +1,4 @@
-"""The examples do what they print. Each ends with an error if a check fails."""
+"""The examples run. Each ends with an error if one of its checks fails."""
 
 import os
 import pathlib
@@ -51,7 +51,7 @@ def test_microbatches():
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX is too old.")
 class TestMultiHost:
   def test_equals_one_process(self):
-    """Also from where the second host has nothing left, and half is off."""
+    """The losses are equal, even when the second host has no sentence left."""
     output = run("multi_host.py")
     rows = re.findall(r"^ +\d+ +\d+ +(\d+) .* (\S+)%$", output, re.MULTILINE)
     assert len(rows) == 8
@@ -63,7 +63,7 @@ class TestMultiHost:
     assert "error: host 1 was killed by SIGKILL" in output
 
   def test_host_that_fails(self):
-    """Its traceback is shown."""
+    """The output has the traceback of the host."""
     output = run("multi_host.py", status=1, JAX_PLATFORMS="nothing")
     assert "Traceback" in output
     assert "ended with exit status 1, and all were stopped" in output

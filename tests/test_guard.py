@@ -17,7 +17,7 @@ from optax_masking import testing
 PREDICTIONS, TARGETS = planted_faults.PAIR
 ELEMENTS = planted_faults.ELEMENTS
 
-# For what depends neither on the derivative nor on the transformation.
+# Options for faults that show in gradients, under any transformation.
 GRADIENTS = {"derivatives": ("value", "vjp"), "transforms": ("jit",)}
 
 
@@ -28,19 +28,19 @@ def check(row, **options):
 
 
 def select_after(predictions, targets, where):
-  """Wrong: its gradient is 0 divided by what is masked."""
+  """Wrong: the gradient is 0 divided by a masked element."""
   return jnp.where(where, targets * jnp.log(predictions), 0)
 
 
 def masked_square(predictions, targets, where=None):
-  """Right."""
+  """Correct."""
   where = True if where is None else where
   return jnp.where(where, predictions - targets, 0) ** 2
 
 
-# One fault for each clause, with what it takes to find it; and right losses
-# of integer labels and in half precision.
-FEW: dict[str, dict] = {
+# One fault for each clause with options that are enough to find it, and correct
+# losses of integer labels and in half precision.
+QUICK_FAULTS: dict[str, dict] = {
   "multiply_by_mask": GRADIENTS,
   "weights_without_gradient": GRADIENTS,
   "gradient_of_labels": GRADIENTS,
@@ -54,20 +54,22 @@ FEW: dict[str, dict] = {
   "count_over_vmap": {**GRADIENTS, "transforms": ("jit", "vmap")},
   "second_derivative_by_hand": {"transforms": ("jit",)},
 }
-RIGHT = ("cross_entropy_of_integer_labels", "sum_in_float32")
+QUICK_CORRECT = ("cross_entropy_of_integer_labels", "sum_in_float32")
 
 
-def named(rows, names=None):
+def named_rows(rows, names=None):
   return [(row.name, row) for row in rows if not names or row.name in names]
 
 
 @pytest.mark.slow
 class PlantedFaultsTest(parameterized.TestCase):
-  @parameterized.named_parameters(named(planted_faults.FAULTS, FEW))
+  @parameterized.named_parameters(
+    named_rows(planted_faults.FAULTS, QUICK_FAULTS)
+  )
   def test_fault(self, row):
-    self.check_fault(row, **FEW[row.name])
+    self.check_fault(row, **QUICK_FAULTS[row.name])
 
-  @parameterized.named_parameters(named(planted_faults.FAULTS))
+  @parameterized.named_parameters(named_rows(planted_faults.FAULTS))
   @pytest.mark.nightly
   def test_fault_in_full(self, row):
     self.check_fault(row)
@@ -80,18 +82,20 @@ class PlantedFaultsTest(parameterized.TestCase):
     message = str(report)
     self.assertRegex(message, "|".join(f"\n{c}: " for c in row.clause))
     if row.argument is not None:
-      told = [str(f.argument).split("[")[0] for f in found]
-      self.assertIn(row.argument, told + [f.wrt for f in found], message)
+      arguments = [str(f.argument).split("[")[0] for f in found]
+      self.assertIn(row.argument, arguments + [f.wrt for f in found], message)
       self.assertIn(f"`{row.argument}", message)
 
-  @parameterized.named_parameters(named(planted_faults.CORRECT, RIGHT))
+  @parameterized.named_parameters(
+    named_rows(planted_faults.CORRECT, QUICK_CORRECT)
+  )
   def test_correct(self, row):
     self.check_correct(row)
 
   @parameterized.named_parameters(
-    named(
+    named_rows(
       planted_faults.CORRECT,
-      {row.name for row in planted_faults.CORRECT} - {*RIGHT},
+      {row.name for row in planted_faults.CORRECT} - {*QUICK_CORRECT},
     )
   )
   @pytest.mark.nightly
@@ -108,15 +112,15 @@ class PlantedFaultsTest(parameterized.TestCase):
       self.assertEqual(report.clauses[clause], "kept", clause)
 
   def test_few(self):
-    """They break each clause."""
+    """The quick faults break each clause."""
     faults = {row.name: row.clause for row in planted_faults.FAULTS}
-    clauses = {faults[name][0] for name in FEW}
+    clauses = {faults[name][0] for name in QUICK_FAULTS}
     self.assertEqual(clauses, {*testing.CLAUSES})
 
 
 class FindingTest(parameterized.TestCase):
-  def test_it_tells_all_there_is(self):
-    """What a message has to have, of a fault where all of it is known."""
+  def test_all_attributes(self):
+    """Of a fault in one element, a finding has all attributes."""
 
     def sum_of_squares(predictions, targets, where):
       # Only the element [1, 2] of the predictions gets through its mask.
@@ -166,7 +170,7 @@ class FindingTest(parameterized.TestCase):
     self.assertEqual(*without_time)
 
   @pytest.mark.slow
-  def test_the_operation_of_a_library_is_told_with_the_own_line(self):
+  def test_source_of_an_operation_in_a_library(self):
     def mean_distance(predictions, targets, where):
       return jnp.mean(jax.nn.relu(optax.log_cosh(predictions, targets)) * where)
 
@@ -289,9 +293,9 @@ class OptionsTest(parameterized.TestCase):
     self.assertLess(cases(masks=("given",)), cases(masks=("given", "none")))
 
   def test_reference(self):
-    """Without a mask the loss has to be the program of its reference."""
+    """Without a mask the loss has to be the same program as its reference."""
 
-    def own(predictions, targets, where=None):
+    def masked_or_plain(predictions, targets, where=None):
       if where is None:
         return (predictions - targets) ** 2
       return masked_square(predictions, targets, where)
@@ -304,18 +308,18 @@ class OptionsTest(parameterized.TestCase):
 
     options = {"where": ELEMENTS, "skip": (), **GRADIENTS}
     for reference, expected in (
-      (functools.partial(own, where=None), []),
+      (functools.partial(masked_or_plain, where=None), []),
       (other, ["identity"]),
       (twice, ["compaction", "identity"]),
     ):
       report = testing.check_mask_safe(
-        own, PREDICTIONS, TARGETS, reference=reference, **options
+        masked_or_plain, PREDICTIONS, TARGETS, reference=reference, **options
       )
       clauses = sorted({f.clause for f in report.findings})
       self.assertEqual(clauses, expected)
 
   def test_axes(self):
-    """An array with an entry a class is masked where it is said to be."""
+    """With `axes` an array with one entry a class is masked."""
 
     def weighted(predictions, weights, where):
       kept = jnp.where(where, predictions, 0)
@@ -357,14 +361,14 @@ class OptionsTest(parameterized.TestCase):
       **GRADIENTS,
     )
 
-  def test_it_sets_aside_the_debugging_of_its_caller(self):
+  def test_debugging_flags_of_the_caller_are_ignored(self):
     with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit():
       testing.assert_mask_safe(
         masked_square, PREDICTIONS, TARGETS, where=ELEMENTS, samples=2
       )
 
   def test_large_data(self):
-    """It takes a part of the elements of a batch of the usual size."""
+    """Of a batch of usual size the check tries some elements."""
     x, y = (planted_faults.normal(i, 64, 512) for i in (0, 1))
     where = planted_faults.uniform(2, 64) < 0.7
     report = testing.assert_mask_safe(
@@ -386,7 +390,7 @@ class ArgumentsTest(parameterized.TestCase):
     return [k for k, v in report.clauses.items() if v == "broken"]
 
   def test_backward_pass_by_hand(self):
-    """A custom_vjp has no forward mode: told, and no reason to stop."""
+    """A custom_vjp has no forward mode: a finding, and other checks go on."""
 
     @jax.custom_vjp
     def square(x):
@@ -419,7 +423,7 @@ class ArgumentsTest(parameterized.TestCase):
     self.assertEqual(self.clauses(mean_of_all, PREDICTIONS), ["compaction"])
 
   def test_mean_over_masked_steps(self):
-    """Of a mask with an axis of one at the end."""
+    """The mask has an axis of size 1 at the end."""
 
     def mean_of_steps(predictions, where):
       kept = jnp.where(where, predictions, 0) ** 2
@@ -431,7 +435,7 @@ class ArgumentsTest(parameterized.TestCase):
     )
 
   def test_mean_over_masked_examples(self):
-    """Of a loss that has an axis of their number, but not because of it."""
+    """Another axis of the program has the number of examples by chance."""
 
     def of_differences(predictions, where):
       kept = jnp.where(where[:, None], predictions, 0)
@@ -449,7 +453,7 @@ class ArgumentsTest(parameterized.TestCase):
     self.assertIn("compaction", self.clauses(over_examples, PREDICTIONS))
 
   def test_numbers(self):
-    """Data without an axis, as those of a loss that is meant for vmap."""
+    """Data without an axis, as for a loss that is meant for vmap."""
 
     def weighted(prediction, where):
       return prediction**2 * where
@@ -462,8 +466,8 @@ class ArgumentsTest(parameterized.TestCase):
       logits = jnp.where(where[:, None], x, 0) @ parameters["w"]
       log_p = jax.nn.log_softmax(logits + parameters["b"])
       labels = jnp.where(where, labels, 0)[:, None]
-      own = jnp.take_along_axis(log_p, labels, -1)[:, 0]
-      return jnp.where(where, -own, 0)
+      chosen = jnp.take_along_axis(log_p, labels, -1)[:, 0]
+      return jnp.where(where, -chosen, 0)
 
     parameters = {
       "w": planted_faults.normal(1, 3, 6),
@@ -547,8 +551,8 @@ class ArgumentsTest(parameterized.TestCase):
   def test_a_label_out_of_range_is_at_fault(self):
     def with_nan(logits, labels, where):
       log_p = jax.nn.log_softmax(jnp.where(where[:, None], logits, 0))
-      own = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
-      return jnp.where(where, -own, 0)
+      chosen = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
+      return jnp.where(where, -chosen, 0)
 
     report = testing.check_mask_safe(
       with_nan,
@@ -583,7 +587,7 @@ class AllOfArgumentsTest(ArgumentsTest):
   options: dict = {}  # noqa: RUF012  # Of no instance.
 
   def test_cancelling_derivatives(self):
-    """What is 0 but for rounding is judged by what is not."""
+    """Derivatives that are 0 up to rounding are no finding."""
     for seed in range(3):
       x, y = (planted_faults.normal(seed + i, 2, 4, 5) for i in (0, 10))
       where = planted_faults.uniform(seed, 4, 5) < 0.7

@@ -1,4 +1,4 @@
-"""The masked losses in the place of Optax's own, inside Optax."""
+"""`optax_masking.patch` replaces the losses inside Optax."""
 
 import gc
 import importlib
@@ -21,15 +21,17 @@ PRIVATE = importlib.import_module("optax.losses._classification")
 
 
 def replaced():
-  """The losses that Optax holds as masked ones; it is all or none of it."""
-  held = {name: set() for name in MASKED}
+  """The replaced losses. Asserts that no module of Optax disagrees."""
+  functions = {name: set() for name in MASKED}
   for module_name, module in sys.modules.copy().items():
     if module_name.partition(".")[0] == "optax":
-      for name in held.keys() & vars(module).keys():
-        held[name].add(vars(module)[name])
-  for name, losses in held.items():
+      for name in functions.keys() & vars(module).keys():
+        functions[name].add(vars(module)[name])
+  for name, losses in functions.items():
     assert losses in ({ORIGINAL[name]}, {getattr(optax.losses, name)}), name
-  return {name for name, losses in held.items() if ORIGINAL[name] not in losses}
+  return {
+    name for name, losses in functions.items() if ORIGINAL[name] not in losses
+  }
 
 
 class PatchTest(parameterized.TestCase):
@@ -38,7 +40,7 @@ class PatchTest(parameterized.TestCase):
     self.assertEmpty(replaced())
 
   def test_everywhere(self):
-    """In no module of Optax is one of its losses left."""
+    """No module of Optax has an original loss any more."""
     with optax.patch():
       modules = [
         vars(module)
@@ -71,7 +73,7 @@ class PatchTest(parameterized.TestCase):
       raise RuntimeError("inside")
 
   def test_nesting(self):
-    """The originals come back with the last that names them."""
+    """An original comes back when the last patch that names it ends."""
     with optax.patch("kl_divergence"):
       with optax.patch():
         with optax.patch("kl_divergence", "kl_divergence"):
@@ -114,7 +116,7 @@ class PatchTest(parameterized.TestCase):
     )
 
   def test_what_is_out_of_reach(self):
-    """As the docstring says."""
+    """A function that was taken out of Optax before stays as it is."""
     taken = {"kl_divergence": upstream.kl_divergence}
     with optax.patch():
       self.assertIs(taken["kl_divergence"], ORIGINAL["kl_divergence"])
@@ -128,7 +130,7 @@ class PatchTest(parameterized.TestCase):
 
 
 class ImportsTest(absltest.TestCase):
-  """Of modules of Optax, while it is patched."""
+  """Imports of modules of Optax during a patch."""
 
   def setUp(self):
     super().setUp()
@@ -147,7 +149,7 @@ class ImportsTest(absltest.TestCase):
     self.assertEmpty(replaced())
 
   def test_imported_meanwhile(self):
-    """It gets the masked losses, and gives them back."""
+    """A new module gets the masked losses, and the originals at the end."""
     (self.folder / "later.py").write_text("from optax import kl_divergence")
     with optax.patch():
       later = importlib.import_module("optax.later")
@@ -155,7 +157,7 @@ class ImportsTest(absltest.TestCase):
     self.assertIs(later.kl_divergence, ORIGINAL["kl_divergence"])
 
   def test_imported_by_another_thread(self):
-    """One that has taken a loss, but does not hold it yet, is waited for."""
+    """A patch waits for a module that has taken a loss, but not stored it."""
     sys.modules["events"] = events = types.ModuleType("events")
     events.taken, events.go = threading.Event(), threading.Event()
     (self.folder / "slow.py").write_text(
@@ -178,7 +180,7 @@ class ImportsTest(absltest.TestCase):
     self.assertIs(slow.kl_divergence, ORIGINAL["kl_divergence"])
 
   def test_many_threads(self):
-    """They patch and import at the same time."""
+    """Threads patch and import at the same time."""
     errors = []
 
     def work(number):
