@@ -27,7 +27,7 @@ class Fault:
     loss: The function.
     args: Its positional arguments.
     where: Its mask.
-    clause: The clauses, of which at least one has to be reported.
+    clauses: The report has to name at least one of these clauses.
     argument: The argument that the report has to name, None if it is the mask
       or a denominator that is wrong.
     options: Further keywords of the check.
@@ -37,7 +37,7 @@ class Fault:
   loss: Callable[..., Any]
   args: tuple[Any, ...]
   where: np.ndarray
-  clause: tuple[str, ...]
+  clauses: tuple[str, ...]
   argument: str | None
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -65,12 +65,12 @@ FAULTS: list[Fault] = []
 CORRECT: list[Correct] = []
 
 
-def fault(args, where, clause, argument=None, **options):
+def fault(args, where, clauses, argument=None, **options):
   """Adds the decorated loss to `FAULTS`."""
 
   def add(loss):
     name = loss.__name__
-    FAULTS.append(Fault(name, loss, args, where, clause, argument, options))
+    FAULTS.append(Fault(name, loss, args, where, clauses, argument, options))
     return loss
 
   return add
@@ -192,7 +192,7 @@ def multiply_by_float_mask(predictions, targets, mask):
 
 @fault((PROBABILITIES,), ELEMENTS, ("invariance", "zero_gradient"), "probs")
 def select_after_log(probs, where):
-  """The gradient is 0 divided by what is masked."""
+  """The gradient is 0 divided by a masked element."""
   return jnp.where(where, -jnp.log(probs), 0)
 
 
@@ -227,7 +227,7 @@ def filled_with_times_zero(predictions, targets, where):
 
 @fault(PAIR, ELEMENTS, ("invariance",), "predictions")
 def inverted_mask(predictions, targets, where):
-  """It masks the included elements."""
+  """The mask is inverted."""
   return masked_squares(predictions, targets, ~where)
 
 
@@ -273,7 +273,7 @@ def gradient_of_labels(logits, labels, where):
 
 @fault(({"x": PREDICTIONS, "y": TARGETS},), EXAMPLES, ("invariance",), "batch")
 def dictionary(batch, where):
-  """One array in it is not masked."""
+  """One array of the dictionary is not masked."""
   m = where[:, None]
   return jnp.sum(jnp.abs(jnp.where(m, batch["x"], 0) - batch["y"]) * m, -1)
 
@@ -511,7 +511,7 @@ def mean_of_empty_row(predictions, targets, where):
 
 @fault(PAIR, ELEMENTS, ("empty", "clean_arithmetic"))
 def nanmean_of_empty_row(predictions, targets, where):
-  """NaN stands for what is masked, and a mean of nothing else is NaN."""
+  """Masked losses are NaN: the nanmean of a masked row is NaN, too."""
   loss = masked_squares(predictions, targets, where)
   return jnp.nanmean(jnp.where(where, loss, jnp.nan), -1)
 
@@ -540,7 +540,7 @@ def cosine_of_nothing(predictions, targets, where):
 
 @fault((PREDICTIONS, TARGETS), ELEMENTS, ("empty",))
 def distance_of_nothing(predictions, targets, where):
-  """With an epsilon the cosine is 0 instead, and the distance 1."""
+  """With an epsilon the cosine of an empty row is 0, and its distance 1."""
   p, t = fill_zeros(where, predictions, targets)
   norms = jnp.sum(p * p, -1) * jnp.sum(t * t, -1)
   return 1 - jnp.sum(p * t, -1) / jnp.sqrt(jnp.maximum(norms, 1e-3))
@@ -652,7 +652,7 @@ def nan_to_num_of_loss(predictions, targets, where=None):
 
 @fault(PAIR, ELEMENTS, ("honesty",), "predictions")
 def nansum(predictions, targets, where=None):
-  """NaN stands for what is masked, and so does any other NaN."""
+  """Masked losses are NaN, and nansum drops any other NaN with them."""
   if where is None:
     return jnp.sum(jnp.square(predictions - targets), -1)
   loss = masked_squares(predictions, targets, where)

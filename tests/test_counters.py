@@ -32,7 +32,7 @@ def scattered(x, y):
     (lambda x, y: 2 * x, "float32", 2),  # Read, and written.
     (gathered, "float32", 0),
     (gathered_wide, "bfloat16", 0),
-    (scattered, "float32", 2),  # Of the product; the sums are in place.
+    (scattered, "float32", 2),  # The product is written; the sums are in place.
     (lambda x, y: 2 * x + gathered(x, y), "float32", 2),
   ],
 )

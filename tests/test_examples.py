@@ -26,7 +26,7 @@ def run(name, *arguments, status=0, **environment):
 
 @pytest.mark.slow
 def test_padded_text():
-  """Few steps: the loss falls, and the gradients are what they should be."""
+  """In few steps the loss falls, and the gradients are as expected."""
   output = run("padded_text.py", "--steps", "20")
   assert "where=mask" in output
   assert "NaN in" in output

@@ -77,10 +77,10 @@ class PlantedFaultsTest(parameterized.TestCase):
   def check_fault(self, row, **options):
     """Each fault is found, with its clause and its argument."""
     report = check(row, **options)
-    found = [f for f in report.findings if f.clause in row.clause]
-    self.assertTrue(found, f"{row.clause} kept: {report.clauses}\n{report}")
+    found = [f for f in report.findings if f.clause in row.clauses]
+    self.assertTrue(found, f"{row.clauses} kept: {report.clauses}\n{report}")
     message = str(report)
-    self.assertRegex(message, "|".join(f"\n{c}: " for c in row.clause))
+    self.assertRegex(message, "|".join(f"\n{c}: " for c in row.clauses))
     if row.argument is not None:
       arguments = [str(f.argument).split("[")[0] for f in found]
       self.assertIn(row.argument, arguments + [f.wrt for f in found], message)
@@ -113,14 +113,14 @@ class PlantedFaultsTest(parameterized.TestCase):
 
   def test_few(self):
     """The quick faults break each clause."""
-    faults = {row.name: row.clause for row in planted_faults.FAULTS}
+    faults = {row.name: row.clauses for row in planted_faults.FAULTS}
     clauses = {faults[name][0] for name in QUICK_FAULTS}
     self.assertEqual(clauses, {*testing.CLAUSES})
 
 
 class FindingTest(parameterized.TestCase):
   def test_all_attributes(self):
-    """Of a fault in one element, a finding has all attributes."""
+    """The finding of a fault in one element has all attributes."""
 
     def sum_of_squares(predictions, targets, where):
       # Only the element [1, 2] of the predictions gets through its mask.
@@ -368,7 +368,7 @@ class OptionsTest(parameterized.TestCase):
       )
 
   def test_large_data(self):
-    """Of a batch of usual size the check tries some elements."""
+    """For a batch of usual size the check tries some elements."""
     x, y = (planted_faults.normal(i, 64, 512) for i in (0, 1))
     where = planted_faults.uniform(2, 64) < 0.7
     report = testing.assert_mask_safe(
@@ -584,7 +584,7 @@ class ArgumentsTest(parameterized.TestCase):
 class AllOfArgumentsTest(ArgumentsTest):
   """With all derivatives and transformations."""
 
-  options: dict = {}  # noqa: RUF012  # Of no instance.
+  options: dict = {}  # noqa: RUF012
 
   def test_cancelling_derivatives(self):
     """Derivatives that are 0 up to rounding are no finding."""

@@ -118,7 +118,7 @@ def test_jax_is_not_imported_before_it_is_used(run, pytester):
 
 
 def test_names_under_pytest(run, pytester):
-  """Those that its assertions add to an installed plugin are not listed."""
+  """`dir` does not list names that pytest adds to rewritten modules."""
   # As pytest does by itself unless the installation is an editable one.
   pytester.makeconftest(
     "import pytest; pytest.register_assert_rewrite('optax_masking')"

@@ -422,7 +422,7 @@ class StageTest(StagingTestCase):
     self.assertIn(f".. versionchanged:: {release}\n    Added ``axis``", text)
 
   def test_alias(self):
-    """To stage a deprecated name is to stage the loss that it calls."""
+    """A deprecated name stages the loss that it calls."""
     self.stage(ALIAS)
     by_name = self.copy()
     self.stage("generalized_kl_divergence", root=by_name)
@@ -808,7 +808,7 @@ class MessageTest(StagingTestCase):
     self.assertNotIn("Behavior that changes", text)
 
   def test_staged(self):
-    """With fake verdicts in place of an audit."""
+    """Fake verdicts take the place of an audit."""
     with mock.patch.object(_proposals, "verdicts", fake_verdicts):
       self.check_staged()
 
@@ -863,7 +863,7 @@ class MessageTest(StagingTestCase):
 
 class StatusTest(StagingTestCase):
   def test_status(self):
-    """With fake verdicts in place of an audit."""
+    """Fake verdicts take the place of an audit."""
     with mock.patch.object(_proposals, "verdicts", fake_verdicts):
       self.check_status()
 

@@ -20,8 +20,8 @@ MASKS = ("given", "none", "all", "elements", "rows", "columns")
 MOST = 2**20
 LARGE = 2**17
 
-# Which axes of the data the axes of an array are. None is for an axis that the
-# data lack.
+# For each axis of an array the axis of the data that it is, or None if the data
+# do not have it.
 Axes = tuple[int | None, ...]
 
 
@@ -432,7 +432,7 @@ def _reduced_axes(
     except (KeyError, TypeError, ValueError):
       return None
   if axis is None:
-    return None  # All of them, or whatever the loss means by it.
+    return None  # All axes, or another meaning in this loss.
   try:
     axes = [int(a) for a in np.atleast_1d(np.asarray(axis, int))]
   except (TypeError, ValueError):

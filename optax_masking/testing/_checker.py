@@ -540,7 +540,7 @@ class Checker:
         )
 
   def _check_poisons(self, name: str, where: np.ndarray) -> None:
-    """Clauses 1 and 2: what masked elements hold changes nothing."""
+    """Clauses 1 and 2: the content of masked elements changes nothing."""
     for argument, poison, poison_value in self.poisonings(where):
       values = self.poisoned(where, argument, poison_value)
       got = self.evaluate(values, where)
@@ -566,7 +566,7 @@ class Checker:
     poison_value: np.ndarray,
     element: tuple[int, ...] | None = None,
   ) -> list[np.ndarray]:
-    """The data with a poison in what is masked, or in one element of it."""
+    """The data with a poison in all masked elements, or in one element."""
     values = list(self.values)
     replaced = np.array(values[argument])
     if element is None:
@@ -705,7 +705,7 @@ class Checker:
     return None
 
   def _check_compaction(self) -> None:
-    """Clause 3: the loss of the data without what is masked."""
+    """Clause 3: the loss is that of the data without masked elements."""
     if not self.findings.wants("compaction"):
       return
 
@@ -752,8 +752,8 @@ class Checker:
           name,
           where,
           compared,
-          "Of what the mask leaves, {what} is {got}; with the masked elements"
-          " removed from the data it is {expected}.",
+          "With the mask, {what} is {got}; for the data without the masked"
+          " elements it is {expected}.",
         )
 
   def _evaluate_compact(self, compact: Compact) -> dict[int | None, Any]:
@@ -1040,7 +1040,7 @@ class Checker:
     )
 
   def _check_honesty(self) -> None:
-    """Clause 6: what is not finite and included comes out."""
+    """Clause 6: NaN and infinity in included elements come out."""
     if not self.findings.wants("honesty"):
       return
     problem = self.problem
@@ -1119,7 +1119,7 @@ class Checker:
     """Whether the program looks for NaN, or can't be looked into."""
     try:
       return _looks_for_nan(self._jaxpr.jaxpr)
-    except Exception:  # Of a loss that can't be traced.
+    except Exception:  # The loss can't be traced.
       return True
 
   @functools.cached_property
@@ -1174,7 +1174,7 @@ class Checker:
       else:
         wrong = _trace.has_nan if np.isnan(got) else _trace.nonfinite
       step = _trace.first(steps, outputs[position], wrong)
-    except Exception:  # Of a loss that does not compile, or a newer JAX.
+    except Exception:  # The loss does not compile, or JAX is newer.
       return {}
     return {} if step is None else _step_facts(step)
 
@@ -1444,7 +1444,7 @@ def _written_size(
     return gone & _sizes(jaxpr.jaxpr)
 
   sizes: set[int] = set()
-  with contextlib.suppress(Exception):  # Of a loss that can't be traced.
+  with contextlib.suppress(Exception):  # The loss can't be traced.
     sizes = written({})
   if sizes:
     # One that comes of another axis, as its length less 1, goes with it.

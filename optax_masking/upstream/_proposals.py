@@ -69,7 +69,7 @@ _AUDIT_SCRIPT = """
 import pathlib, sys
 import optax
 if not pathlib.Path(optax.__file__).resolve().is_relative_to(sys.argv[1]):
-  sys.exit(f"{optax.__file__} was imported, and not what is in {sys.argv[1]}")
+  sys.exit(f"{optax.__file__} was imported, not the Optax in {sys.argv[1]}")
 from optax_masking._command import main
 sys.exit(main(sys.argv[2:]))
 """
