@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_masking._mask import Mask
-from optax_masking.fills import (
+from optax_masking._classes import (
   class_number,
   expanded,
   flat_index,
@@ -19,6 +18,7 @@ from optax_masking.fills import (
   take_class,
   varies_along,
 )
+from optax_masking._mask import Mask
 
 # The backward pass keeps the logits and what normalizes them, and computes the
 # softmax anew, in one loop. Without barriers the exponentials, which take most

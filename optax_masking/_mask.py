@@ -46,14 +46,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking.fills import (
+from optax_masking._classes import (
   Axes,
-  Fill,
   Shape,
   class_is_included,
   select,
   varies_along,
 )
+from optax_masking.fills import Fill
 
 Axis = int | tuple[int, ...] | None
 Where = jax.typing.ArrayLike | Sequence[Any] | None

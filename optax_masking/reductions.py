@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_masking._classes import Array, Shape, select
 from optax_masking._mask import (
   Axis,
   Mask,
@@ -20,7 +21,6 @@ from optax_masking._mask import (
   canonicalize_axes,
   missing_axes,
 )
-from optax_masking.fills import Array, Shape, select
 
 __all__ = ["RunningMean", "masked_count", "masked_mean", "masked_sum"]
 

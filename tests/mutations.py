@@ -2,7 +2,7 @@
 
     python tests/mutations.py                       # 150 mutants, seed 0.
     python tests/mutations.py --number 20 --seed 1  # Others, and fewer.
-    python tests/mutations.py fills.py:164          # All of a line, or a file.
+    python tests/mutations.py fills.py:98           # All of a line, or a file.
 
 Cosmic Ray makes the mutants and runs pytest. What is here draws a sample, and
 gives each mutant the tests of losses that use what it changes. All of it
@@ -34,7 +34,13 @@ from cosmic_ray.plugins import OPERATOR_PROVIDERS
 
 from optax_masking.losses import _table as table
 
-ENGINE = ("_mask.py", "_decorator.py", "_compiled.py", "fills.py")
+ENGINE = (
+  "_mask.py",
+  "_decorator.py",
+  "_compiled.py",
+  "_classes.py",
+  "fills.py",
+)
 NOT_MUTATED = ("_table.py", "_original.py")
 # In these a loss is an example, of the test kit or of what is staged.
 UNRELATED = "audit audit_formats guard new_loss processes pytest_plugin staging"

@@ -321,7 +321,7 @@ class SwapTest(parameterized.TestCase):
     self.assertNotEmpty(loaded)
     for name in loaded:
       self.assertStartsWith(name, "optax_masking")
-    self.assertLessEqual(len(loaded), 20)
+    self.assertLessEqual(len(loaded), 21)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_masking._classes import select
 from optax_masking._compiled import compiled
 from optax_masking._decorator import masked_inputs
 from optax_masking._mask import Axis, Mask, Where
-from optax_masking.fills import select, zero_unless_empty
+from optax_masking.fills import zero_unless_empty
 from optax_masking.losses._original import original
 
 

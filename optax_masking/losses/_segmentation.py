@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_masking._classes import select
 from optax_masking._compiled import compiled
 from optax_masking._mask import Axis, Mask, Where, canonicalize_axes
-from optax_masking.fills import below_maximum, select
+from optax_masking.fills import below_maximum
 from optax_masking.losses._original import original
 
 

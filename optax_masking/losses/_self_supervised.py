@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_masking._classes import select
 from optax_masking._compiled import compiled
 from optax_masking._mask import (
   Axis,
@@ -12,7 +13,7 @@ from optax_masking._mask import (
   axes_last,
   canonicalize_axes,
 )
-from optax_masking.fills import far_below, select, zero_unless_empty
+from optax_masking.fills import far_below, zero_unless_empty
 from optax_masking.losses._original import original
 
 

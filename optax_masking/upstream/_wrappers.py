@@ -24,7 +24,14 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 ENGINE = "_masking"
 TESTS = "_masking_test"
 # The modules that become the engine, each after those that it needs.
-_ENGINE_PARTS = ("fills", "_mask", "_decorator", "_compiled", "_cross_entropy")
+_ENGINE_PARTS = (
+  "_classes",
+  "fills",
+  "_mask",
+  "_decorator",
+  "_compiled",
+  "_cross_entropy",
+)
 
 # The fingerprints of the versions of a loss that its wrapper was tested with.
 FINGERPRINTS = {name: row.written_for for name, row in ROWS.items()}

@@ -1,0 +1,115 @@
+"""Class labels, axes, and the choice between CPUs and others."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Axes = tuple[int, ...]  # Canonical: none negative, none repeated.
+Shape = tuple[int, ...]
+
+
+def select(where: jax.Array, x: Any, fill: float) -> jax.Array:
+  """Replaces masked elements by a number, and keeps the dtype, weak or not."""
+  dtype = jnp.result_type(x)
+  if jnp.issubdtype(dtype, jnp.bool):
+    return jnp.where(where, x, bool(fill))
+  kind = int if jnp.issubdtype(dtype, jnp.integer) else float
+  return jnp.where(where, x, kind(fill))
+
+
+def varies_along(x: Array, axes: Axes) -> bool:
+  """Whether an array has more than one element along any of the axes.
+
+  A mask that has not is one of whole examples, and is never expanded.
+  """
+  return any(x.shape[a] != 1 for a in axes)
+
+
+def expanded(x: Array, rank: int, axes: Axes) -> jax.Array:
+  """Gives an array with one entry an example the rank of the data."""
+  missing = rank - len(axes) - jnp.ndim(x)
+  return jnp.expand_dims(jnp.expand_dims(x, range(missing)), axes)
+
+
+def flat_index(shape: tuple[int, ...], axes: Axes) -> jax.Array:
+  """The position of each element of a slice, counted in the order of axes."""
+  sizes = tuple(s if a in axes else 1 for a, s in enumerate(shape))
+  index = jnp.zeros(sizes, int)
+  for a in axes:
+    index = index * shape[a] + jax.lax.broadcasted_iota(index.dtype, sizes, a)
+  return index
+
+
+def class_number(labels: Array, classes: int) -> jax.Array:
+  """The class of each label, counted from 0; `classes` if it names none."""
+  labels = jnp.asarray(labels).astype(int)
+  labels = jnp.where(labels < 0, labels + classes, labels)  # -1 is the last.
+  return jnp.where((labels >= 0) & (labels < classes), labels, classes)
+
+
+def class_is_included(
+  labels: Array, where: jax.Array, shape: Shape, axes: Axes
+) -> jax.Array:
+  """Whether the class of each example is included.
+
+  An example with a label that names no class counts as included, so that the
+  loss reports the label as it does without a mask.
+  """
+  if not varies_along(where, axes):
+    return where
+  labels = class_number(labels, math.prod(shape[a] for a in axes))
+  batch = tuple(1 if a in axes else s for a, s in enumerate(shape))
+  labels = jnp.broadcast_to(expanded(labels, len(shape), axes), batch)
+  return take_class(jnp.broadcast_to(where, shape), labels, axes)
+
+
+def take_class(x: jax.Array, labels: jax.Array, axes: Axes) -> jax.Array:
+  """Looks up the element of `x` that belongs to the class of each example.
+
+  The labels are class numbers, with the rank of `x`. A label that names no
+  class gives NaN, and True for a boolean `x`.
+  """
+  classes = math.prod(x.shape[a] for a in axes)
+
+  def compare(x, labels):
+    named = flat_index(x.shape, axes) == labels
+    if x.dtype == bool:
+      return ~jnp.any(named & ~x, axes, keepdims=True)
+    found = jnp.sum(jnp.where(named, x, 0), axes, keepdims=True)
+    # Divides 0 by 0, since a constant NaN would be reported by debug tools.
+    return found / (labels < classes).astype(x.dtype)
+
+  def gather(x, labels):
+    if x.dtype == bool:
+      found = jnp.take_along_axis(x, jnp.minimum(labels, classes - 1), axes[0])
+      return found | (labels == classes)
+    return jnp.take_along_axis(x, labels, axes[0])  # NaN if out of range.
+
+  # An explicit mesh refuses to gather from an axis that it shards.
+  if len(axes) != 1 or _is_sharded(x, axes[0]):
+    return compare(x, labels)
+  # Except on CPUs, the comparison is fused with a loop that is there anyway.
+  return on_cpus(gather, compare, x, labels)
+
+
+def on_cpus(
+  function: Callable[..., jax.Array],
+  otherwise: Callable[..., jax.Array],
+  *arguments: jax.Array,
+) -> jax.Array:
+  """Calls `function` if the program runs on CPUs, and else `otherwise`."""
+  # The `shard_map` of older versions refuses a choice between platforms.
+  if not hasattr(jax, "shard_map"):
+    return otherwise(*arguments)
+  return jax.lax.platform_dependent(*arguments, cpu=function, default=otherwise)
+
+
+def _is_sharded(x: Array, axis: int) -> bool:
+  """Whether an axis is sharded over an explicit mesh."""
+  spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+  return len(spec) > axis and spec[axis] is not None
