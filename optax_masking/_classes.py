@@ -30,10 +30,32 @@ def varies_along(x: Array, axes: Axes) -> bool:
   return any(x.shape[a] != 1 for a in axes)
 
 
+def without(shape: Shape, axes: Axes) -> Shape:
+  """The shape that is left without these axes."""
+  return tuple(s for a, s in enumerate(shape) if a not in axes)
+
+
+def padded(shape: Shape, rank: int) -> Shape:
+  """The shape with axes of size 1 in front, up to this rank."""
+  return (1,) * (rank - len(shape)) + shape
+
+
+def inserted(shape: Shape, axes: Axes) -> Shape:
+  """The shape after `jnp.expand_dims(x, axes)`."""
+  sizes = iter(shape)
+  rank = len(shape) + len(axes)
+  return tuple(1 if a in axes else next(sizes) for a in range(rank))
+
+
 def expanded(x: Array, rank: int, axes: Axes) -> jax.Array:
   """Gives an array with one entry an example the rank of the data."""
   missing = rank - len(axes) - jnp.ndim(x)
   return jnp.expand_dims(jnp.expand_dims(x, range(missing)), axes)
+
+
+def shape_of_expanded(shape: Shape, rank: int, axes: Axes) -> Shape:
+  """The shape after `expanded(x, rank, axes)`."""
+  return inserted(padded(shape, rank - len(axes)), axes)
 
 
 def flat_index(shape: tuple[int, ...], axes: Axes) -> jax.Array:
@@ -52,20 +74,25 @@ def class_number(labels: Array, classes: int) -> jax.Array:
   return jnp.where((labels >= 0) & (labels < classes), labels, classes)
 
 
+def class_of_example(labels: Array, shape: Shape, axes: Axes) -> jax.Array:
+  """The class number of each example, with the rank of the data."""
+  labels = class_number(labels, math.prod(shape[a] for a in axes))
+  labels = expanded(labels, len(shape), axes)
+  return jnp.broadcast_to(labels, inserted(without(shape, axes), axes))
+
+
 def class_is_included(
-  labels: Array, where: jax.Array, shape: Shape, axes: Axes
+  classes: jax.Array, where: jax.Array, shape: Shape, axes: Axes
 ) -> jax.Array:
   """Whether the class of each example is included.
 
-  An example with a label that names no class counts as included, so that the
-  loss reports the label as it does without a mask.
+  The classes are those of `class_of_example`. An example with a label that
+  names no class counts as included, so that the loss reports the label as it
+  does without a mask.
   """
   if not varies_along(where, axes):
     return where
-  labels = class_number(labels, math.prod(shape[a] for a in axes))
-  batch = tuple(1 if a in axes else s for a, s in enumerate(shape))
-  labels = jnp.broadcast_to(expanded(labels, len(shape), axes), batch)
-  return take_class(jnp.broadcast_to(where, shape), labels, axes)
+  return take_class(jnp.broadcast_to(where, shape), classes, axes)
 
 
 def take_class(x: jax.Array, labels: jax.Array, axes: Axes) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_masking._classes import without
 from optax_masking._decorator import P, R, raise_as_unmasked, reader
 from optax_masking._mask import boolean, canonicalize_axes, is_debugging
 
@@ -107,8 +108,7 @@ def _have_unequal_shapes(arrays, axis):
   shapes = [np.shape(x) for x in arrays if x is not None]
   shape = max(shapes, key=len)
   axes = canonicalize_axes(axis, shape)
-  batch = tuple(s for a, s in enumerate(shape) if a not in axes)
-  return not all(s in (shape, batch) for s in shapes)
+  return not all(s in (shape, without(shape, axes)) for s in shapes)
 
 
 def _is_hashable(x):

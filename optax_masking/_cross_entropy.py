@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_masking._classes import (
-  class_number,
-  expanded,
+  class_is_included,
+  class_of_example,
   flat_index,
   on_cpus,
   take_class,
@@ -44,14 +44,10 @@ def softmax_cross_entropy_of_class(
   labels = jnp.asarray(labels)
   if not jnp.issubdtype(labels.dtype, jnp.integer):
     raise TypeError(f"`labels` must be integers, not {labels.dtype}.")
-  labels = expanded(labels, len(shape), axes)
-  labels = class_number(labels, math.prod(shape[a] for a in axes))
-  labels = jnp.broadcast_to(labels, _reduced(shape, axes))
+  classes = class_of_example(labels, shape, axes)
   # An example whose own class is masked counts as masked.
-  included = where
-  if varies_along(where, axes):
-    included = take_class(jnp.broadcast_to(where, shape), labels, axes)
-  loss, _, _ = _class_loss(logits, labels, where & included, included, axes)
+  included = class_is_included(classes, where, shape, axes)
+  loss, _, _ = _class_loss(logits, classes, where & included, included, axes)
   # The tangent of an example that is masked as a whole may be NaN.
   return _rounded(jnp.squeeze(jnp.where(included, loss, 0), axes), dtype)
 
@@ -291,10 +287,6 @@ def _replace_masked_classes(x, where, axes, fill, dtype):
   if x.dtype != dtype:  # A conversion would be an operation on garbage.
     x = jnp.where(where, x, 0).astype(dtype)
   return jnp.where(where, x, fill)
-
-
-def _reduced(shape, axes):
-  return tuple(1 if a in axes else size for a, size in enumerate(shape))
 
 
 def _wide(dtype):

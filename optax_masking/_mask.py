@@ -50,8 +50,13 @@ from optax_masking._classes import (
   Axes,
   Shape,
   class_is_included,
+  class_of_example,
+  inserted,
+  padded,
   select,
+  shape_of_expanded,
   varies_along,
+  without,
 )
 from optax_masking.fills import Fill
 
@@ -140,8 +145,7 @@ class Mask:
     axes = canonicalize_axes(axis, shape)
     for x in examples if isinstance(examples, tuple) else (examples,):
       if x is not None:
-        of_x = _shape_of_examples(np.shape(x), shape, axes)
-        shape = jnp.broadcast_shapes(shape, of_x)
+        shape = _broadcast_with_examples(shape, np.shape(x), axes)
     new = missing_axes("where", mask.shape, shape, axes, refuse_ambiguous_where)
     # Even to add no axis takes microseconds.
     mask = jnp.expand_dims(mask, new) if new else mask
@@ -177,7 +181,7 @@ class Mask:
     if not jnp.issubdtype(dtype, jnp.floating):
       raise TypeError(f"`{name}` must be floating, but has dtype {dtype}.")
     self.check_axis_of(x, name)
-    shape = (1,) * (len(self.shape) - np.ndim(x)) + np.shape(x)
+    shape = padded(np.shape(x), len(self.shape))
     broadcast = tuple(a for a in self.axes if shape[a] == 1 != self.shape[a])
     where = self.where
     if varies_along(where, broadcast):
@@ -207,7 +211,8 @@ class Mask:
     """
     if self.where is None or not varies_along(self.where, self.axes):
       return self
-    included = class_is_included(labels, self.where, self.shape, self.axes)
+    classes = class_of_example(labels, self.shape, self.axes)
+    included = class_is_included(classes, self.where, self.shape, self.axes)
     return self.with_where(self.where & included)
 
   def with_where(self, where: jax.Array) -> "Mask":
@@ -229,8 +234,7 @@ class Mask:
       return result
     if np.shape(result) == self.shape:
       return select(self.where, result, 0)
-    batch = tuple(s for a, s in enumerate(self.shape) if a not in self.axes)
-    self._check_shape_of(result, batch)
+    self._check_shape_of(result, without(self.shape, self.axes))
     return select(self.any, result, 0)
 
   def sum(self, losses: jax.Array, *, zeroed: bool = False) -> jax.Array:
@@ -312,11 +316,10 @@ def _without_garbage(x: Any, where: jax.Array, fill: float) -> Any:
   if not (in_numpy or isinstance(x, jax.Array)):
     return x
   # An element of size 1 is masked if all elements that it broadcasts to are.
-  new = where.ndim - x.ndim
-  shape = (1,) * new + x.shape
+  shape = padded(x.shape, where.ndim)
   broadcast = tuple(a for a, size in enumerate(shape) if size == 1)
   kept = jnp.any(where, broadcast, keepdims=True)
-  kept = jnp.squeeze(kept, tuple(range(new)))
+  kept = jnp.squeeze(kept, tuple(range(where.ndim - x.ndim)))
   if jnp.issubdtype(x.dtype, jnp.integer):
     fill = int(fill)
   if in_numpy:  # To put it on a device would be an operation.
@@ -371,13 +374,10 @@ def missing_axes(
   if not x_shape:
     return tuple(range(rank))
 
-  def padded(new_axes: Axes) -> Shape:
-    sizes = iter(x_shape)
-    return tuple(1 if a in new_axes else next(sizes) for a in range(rank))
-
   def fits(new_axes: Axes) -> bool:
     return len(x_shape) + len(new_axes) == rank and all(
-      w in (1, s) for w, s in zip(padded(new_axes), shape, strict=True)
+      x in (1, s)
+      for x, s in zip(inserted(x_shape, new_axes), shape, strict=True)
     )
 
   if fits(()):
@@ -385,7 +385,6 @@ def missing_axes(
   left_aligned = tuple(range(len(x_shape), rank))
   right_aligned = tuple(range(rank - len(x_shape)))
   if not fits(axes):
-    batch = tuple(s for a, s in enumerate(shape) if a not in axes)
     fixes = [
       name + _indexed(new_axes, rank)
       for new_axes in dict.fromkeys((left_aligned, right_aligned))
@@ -393,7 +392,7 @@ def missing_axes(
     ]
     accepted = "".join(
       f"have rank {len(target)} and broadcast to {target}, or "
-      for target in dict.fromkeys((shape, batch))
+      for target in dict.fromkeys((shape, without(shape, axes)))
       if target
     )
     raise ValueError(
@@ -404,7 +403,7 @@ def missing_axes(
   if (
     refuse_ambiguous
     and fits(right_aligned)
-    and padded(axes) != padded(right_aligned)
+    and inserted(x_shape, axes) != inserted(x_shape, right_aligned)
   ):
     raise ValueError(
       f"`{name}` of shape {x_shape} fits data of shape {shape} in two ways:"
@@ -424,16 +423,15 @@ def _indexed(new_axes: Axes, rank: int) -> str:
   return f"[{', '.join(index)}]"
 
 
-def _shape_of_examples(given: Shape, shape: Shape, axes: Axes) -> Shape:
-  """Gives the shape of an array with one entry an example the data's rank."""
-  missing = len(shape) - len(axes) - len(given)
-  if missing < 0:
+def _broadcast_with_examples(shape: Shape, given: Shape, axes: Axes) -> Shape:
+  """Broadcasts the data with an array that has one entry an example."""
+  rank = len(shape)
+  if len(given) > rank - len(axes):
     raise ValueError(
       f"An array with one entry an example has shape {given}, but must have"
       f" the rank of {shape} without the axes {axes}."
     )
-  sizes = iter((1,) * missing + given)
-  return tuple(1 if a in axes else next(sizes) for a in range(len(shape)))
+  return jnp.broadcast_shapes(shape, shape_of_expanded(given, rank, axes))
 
 
 def axes_last(axis: Axis, *arrays: Any) -> list[Any]:

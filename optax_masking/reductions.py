@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._classes import Array, Shape, select
+from optax_masking._classes import Array, Shape, select, without
 from optax_masking._mask import (
   Axis,
   Mask,
@@ -413,9 +413,7 @@ class _Terms:
     self.values: Any = values if is_array else jnp.asarray(values)
     self.shape = jnp.shape(self.values)
     self.axes = canonicalize_axes(axis, self.shape)
-    self.result_shape = tuple(
-      s for a, s in enumerate(self.shape) if a not in self.axes
-    )
+    self.result_shape = without(self.shape, self.axes)
     self.size = math.prod(self.shape[a] for a in self.axes)
     self.where = None
     if where is not None:

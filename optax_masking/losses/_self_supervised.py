@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._classes import select
+from optax_masking._classes import padded, select
 from optax_masking._compiled import compiled
 from optax_masking._mask import (
   Axis,
@@ -202,8 +202,8 @@ def _check_sizes(anchors, positives, negatives, axis):
   except (TypeError, ValueError):
     return  # `Mask` reports these.
   for given in shapes:
-    padded = (1,) * (len(shape) - len(given)) + given
-    if any(padded[a] != shape[a] for a in axes):
+    sizes = padded(given, len(shape))
+    if any(sizes[a] != shape[a] for a in axes):
       raise ValueError(
         "With a mask `anchors`, `positives` and `negatives` must have the"
         f" same size along the axes {axes}, but their shapes are {shapes}."
