@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_masking._classes import without
-from optax_masking._decorator import P, R, raise_as_unmasked, reader
+from optax_masking._decorator import P, R, argument_getter, raise_as_unmasked
 from optax_masking._mask import boolean, canonicalize_axes, is_debugging
 
 
@@ -34,7 +34,7 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
   def decorate(loss: Callable[P, R]) -> Callable[P, R]:
     function: Callable[..., Any] = loss
     signature = inspect.signature(loss)
-    where_of = reader("where", signature)
+    where_of = argument_getter("where", signature)
     data = [
       name
       for name, parameter in signature.parameters.items()

@@ -38,7 +38,7 @@ def softmax_cross_entropy_of_class(
   :math:`\sum_j (p_j - [j = y]) \, dx_j`.
   """
   where, axes, shape = mask.where, mask.axes, mask.shape
-  logits = mask.unfilled(logits)
+  logits = mask.as_array(logits)
   dtype = logits.dtype
   logits = jnp.broadcast_to(logits, shape)
   labels = jnp.asarray(labels)
@@ -64,7 +64,7 @@ def softmax_cross_entropy_of_probabilities(
   where, axes, shape = mask.where, mask.axes, mask.shape
   mask.check_axis_of(logits, "logits")
   mask.check_axis_of(labels, "labels")
-  logits, labels = mask.unfilled(logits), mask.unfilled(labels)
+  logits, labels = mask.as_array(logits), mask.as_array(labels)
   dtype = jnp.result_type(logits, labels)
   if jnp.issubdtype(labels.dtype, jnp.complexfloating):
     raise TypeError(f"`labels` must be real, but has dtype {labels.dtype}.")
@@ -94,7 +94,7 @@ def sigmoid_cross_entropy(mask: Mask, logits: Any, labels: Any) -> jax.Array:
   :math:`-y \log p - (1 - y) \log (1 - p)`, and its derivative
   :math:`((1 - y) p - y (1 - p)) \, dx - x \, dy`.
   """
-  logits, labels = mask.unfilled(logits), mask.unfilled(labels)
+  logits, labels = mask.as_array(logits), mask.as_array(labels)
   dtype = logits.dtype  # To which Optax converts the labels.
   logits, labels = jnp.broadcast_arrays(logits, labels)
   if not jnp.issubdtype(labels.dtype, jnp.floating):

@@ -132,7 +132,8 @@ def masked_inputs(
     parameters = signature.parameters
     added = parameters.keys() - undecorated.parameters.keys()
     elementwise = parameters["axis"].default == ()
-    axis_of, where_of = reader("axis", signature), reader("where", signature)
+    axis_of = argument_getter("axis", signature)
+    where_of = argument_getter("where", signature)
 
     def evaluate(call: inspect.BoundArguments, **changes: Any) -> Any:
       given = {**call.arguments, **changes}
@@ -234,7 +235,9 @@ def _with_axis_and_where(signature: inspect.Signature) -> inspect.Signature:
   return signature.replace(parameters=sorted(parameters, key=lambda p: p.kind))
 
 
-def reader(name: str, signature: inspect.Signature) -> Callable[..., Any]:
+def argument_getter(
+  name: str, signature: inspect.Signature
+) -> Callable[..., Any]:
   """Makes a function that looks up one argument of a call.
 
   To bind the whole call would take microseconds longer.

@@ -26,6 +26,17 @@ axes, the fill is a function of the included elements.
 
 On the way out, a slice with nothing included is replaced by 0 (clause 4).
 
+A mask has the rank of the data, or it lacks the axes that the loss reduces, or
+it is a scalar. For data of shape [B, C], with B and C different and not 1:
+
+  axis=-1    [B, C], [B, 1], [1, C], or [B] with one entry an example;
+             [C] is an error.
+  axis=()    [B, C], [B, 1], [1, C]; [B] and [C] are errors.
+  axis=None  [B, C], [B, 1], [1, C]; [B] and [C] are errors.
+
+If B equals C, then [B] with axis=-1 has one entry an example. A loss whose
+callers may mean classes by it refuses it (`refuse_ambiguous_where`).
+
 Not among the transformations of clause 8 is the Taylor mode of
 `jax.experimental.jet`. It has no rule for `jnp.any` and none for a choice
 between platforms, and does not look at custom derivatives; to count instead of
@@ -146,7 +157,9 @@ class Mask:
     for x in examples if isinstance(examples, tuple) else (examples,):
       if x is not None:
         shape = _broadcast_with_examples(shape, np.shape(x), axes)
-    new = missing_axes("where", mask.shape, shape, axes, refuse_ambiguous_where)
+    new = axes_to_insert(
+      "where", mask.shape, shape, axes, refuse_ambiguous_where
+    )
     # Even to add no axis takes microseconds.
     mask = jnp.expand_dims(mask, new) if new else mask
     fields.update(where=mask, axes=axes, shape=shape)
@@ -264,7 +277,7 @@ class Mask:
         " declares none. A loss that reduces more makes a `Mask` in its body."
       )
 
-  def unfilled(self, x: Any) -> Any:
+  def as_array(self, x: Any) -> Any:
     """Prepares an argument of a formula that selects elements by itself.
 
     Masked elements keep what they hold. While JAX inspects each operation for
@@ -362,14 +375,20 @@ def canonicalize_axes(axis: Axis, shape: Shape) -> Axes:
   return tuple(axes)
 
 
-def missing_axes(
+def axes_to_insert(
   name: str,
   x_shape: Shape,
   shape: Shape,
   axes: Axes,
   refuse_ambiguous: bool,
 ) -> Axes:
-  """The axes of the data that a mask, or weights of its shape, do not have."""
+  """The axes that give a mask, or weights like it, the rank of the data.
+
+  The docstring of this module lists the shapes that fit.
+
+  Raises:
+    ValueError: If the shape does not fit, or fits in two ways.
+  """
   rank = len(shape)
   if not x_shape:
     return tuple(range(rank))

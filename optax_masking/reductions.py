@@ -18,8 +18,8 @@ from optax_masking._mask import (
   Axis,
   Mask,
   Where,
+  axes_to_insert,
   canonicalize_axes,
-  missing_axes,
 )
 
 __all__ = ["RunningMean", "masked_count", "masked_mean", "masked_sum"]
@@ -431,7 +431,7 @@ class _Terms:
 
   def _aligned(self, weights: Array) -> jax.Array:
     """Weights with the rank of the values, 0 where they are masked."""
-    axes = missing_axes("weights", weights.shape, self.shape, self.axes, True)
+    axes = axes_to_insert("weights", weights.shape, self.shape, self.axes, True)
     if axes and self.where is not None:
       weights = select(jnp.any(self.where, axes), weights, 0)
     weights = self._masked(jnp.expand_dims(weights, axes))

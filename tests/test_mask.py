@@ -113,3 +113,23 @@ def test_examples_of_another_rank():
   with pytest.raises(ValueError, match=r"has shape \(4, 5\), but must have"):
     optax.Mask(WHERE, -1, X, examples=np.ones((4, 5), int))
   assert optax.Mask(True, -1, X[:1], examples=LABELS).shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+  "axis,examples",
+  [(-1, {(4,): (4, 1)}), ((), {}), (None, {})],
+)
+def test_shapes_of_masks(axis, examples):
+  """The table of the module, for data of shape (4, 5)."""
+  accepted = {s: s for s in ((4, 5), (4, 1), (1, 5), (1, 1))}
+  accepted |= {(): (1, 1), **examples}
+  for shape, expected in accepted.items():
+    assert optax.Mask(np.ones(shape, bool), axis, X).where.shape == expected
+  for shape in {(4,), (5,)} - accepted.keys():
+    with pytest.raises(ValueError, match=r"`where` has shape \(\d,\)"):
+      optax.Mask(np.ones(shape, bool), axis, X)
+  if axis == -1:
+    square, where = X[:, :4], np.ones(4, bool)
+    assert optax.Mask(where, axis, square).where.shape == (4, 1)
+    with pytest.raises(ValueError, match="in two ways"):
+      optax.Mask(where, axis, square, refuse_ambiguous_where=True)

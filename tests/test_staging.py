@@ -204,7 +204,7 @@ class StageTest(StagingTestCase):
       self.assertNotIn("optax_masking", line)
       self.assertEqual(line, line.rstrip())
     # Inside of brackets Optax indents by 4 spaces.
-    nested = "def missing_axes(\n    name: str,\n"
+    nested = "def axes_to_insert(\n    name: str,\n"
     self.assertTrue(nested in after[ENGINE])
 
   def check_names(self, name, after, module):

@@ -32,7 +32,7 @@ def _loss_of_error(loss, slope, predictions, targets, *, axis, where):
     slopes = slope(_masked_error(predictions, targets, where))
     return masked(*primals), slopes * derivative
 
-  predictions, targets = mask.unfilled(predictions), mask.unfilled(targets)
+  predictions, targets = mask.as_array(predictions), mask.as_array(targets)
   if not jnp.issubdtype(predictions.dtype, jnp.floating):
     raise TypeError(
       f"`predictions` must be floating, but has dtype {predictions.dtype}."

@@ -102,7 +102,7 @@ def symbols(sequences, frames):
 # Adapters: each turns Optax's function into one of arrays, `axis` and `where`.
 
 
-def _losses_of_lists(loss):
+def _without_reduction(loss):
   def lists(logits, labels, weights, **keywords):
     return loss(logits, labels, weights=weights, reduce_fn=None, **keywords)
 
@@ -127,7 +127,7 @@ def _of_sequences(loss):
 # Each gives the shape nearest to another that Optax's loss takes.
 
 
-def _any(shape):
+def _as_given(shape):
   return shape
 
 
@@ -193,7 +193,7 @@ class Row:
   keeps_shape: bool = False
   shape: Shape = (4, 5)
   adapt: Callable[[Loss], Loss] | None = None
-  fit: Callable[[Shape], Shape] = _any
+  fit: Callable[[Shape], Shape] = _as_given
   masks_examples: bool = True
   result_axes: tuple[int, ...] | None = None
   compacts: bool = True
@@ -321,7 +321,7 @@ _ROWS = (
     " from the count of `reduce_fn`",
     ("eb71e2ed",),
     empty="0, any mean too",
-    adapt=_losses_of_lists,
+    adapt=_without_reduction,
   ),
   Row(
     "multiclass_hinge_loss",
