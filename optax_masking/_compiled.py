@@ -12,7 +12,12 @@ import numpy as np
 
 from optax_masking._classes import without
 from optax_masking._decorator import P, R, argument_getter, raise_as_unmasked
-from optax_masking._mask import boolean, canonicalize_axes, is_debugging
+from optax_masking._mask import (
+  boolean,
+  canonicalize_axes,
+  check_array,
+  is_debugging,
+)
 
 
 def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -98,8 +103,7 @@ def _array(name, x):
     return x
   if hasattr(x, "shape"):
     return jnp.asarray(x)
-  if not isinstance(x, float | int):
-    raise TypeError(f"`{name}` must be an array, not {type(x).__name__}.")
+  check_array(name, x)
   return x
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._mask import Mask, is_empty
+from optax_masking._mask import Axis, Mask, check_array
 from optax_masking.fills import Fill, PerExample
 
 P = ParamSpec("P")
@@ -146,7 +146,7 @@ def masked_inputs(
     @functools.wraps(loss)
     def masked_loss(*args: Any, **kwargs: Any) -> Any:
       where, axis = where_of(args, kwargs), axis_of(args, kwargs)
-      sums = elementwise and not is_empty(axis)
+      sums = elementwise and not _is_empty(axis)
       if where is None and not sums:
         kwargs = {n: x for n, x in kwargs.items() if n not in added}
         return loss(*args, **kwargs)
@@ -184,6 +184,11 @@ def masked_inputs(
   return decorate
 
 
+def _is_empty(axis: Axis) -> bool:
+  """Whether `axis` names no axis."""
+  return isinstance(axis, tuple | list) and not axis
+
+
 def raise_as_unmasked(unmasked_call: Callable[[], Any]) -> None:
   """Raises the error, if any, that a call raises without its mask."""
   with contextlib.suppress(jax.errors.ConcretizationTypeError):
@@ -194,11 +199,8 @@ def _is_array(x: Any, parameter: inspect.Parameter) -> bool:
   """Whether an argument is to be filled."""
   if x is None:
     return False
-  is_number = isinstance(x, float | int)
-  if not (is_number or hasattr(x, "shape")):
-    kind = type(x).__name__
-    raise TypeError(f"`{parameter.name}` must be an array, not {kind}.")
-  return not (is_number and isinstance(parameter.default, float | int))
+  check_array(parameter.name, x)
+  return not all(isinstance(n, float | int) for n in (x, parameter.default))
 
 
 def _check_fills(loss: Callable[..., Any], fills: Mapping[str, Any]) -> None:

@@ -190,9 +190,7 @@ class Mask:
       x = _without_garbage(x, self.where, 0 if callable(fill) else fill)
     if not callable(fill):
       return select(self.where, x, fill)
-    dtype = jnp.result_type(x)
-    if not jnp.issubdtype(dtype, jnp.floating):
-      raise TypeError(f"`{name}` must be floating, but has dtype {dtype}.")
+    check_floating(name, x)
     self.check_axis_of(x, name)
     shape = padded(np.shape(x), len(self.shape))
     broadcast = tuple(a for a in self.axes if shape[a] == 1 != self.shape[a])
@@ -212,7 +210,7 @@ class Mask:
   @property
   def any(self) -> jax.Array:
     """Whether anything is included of each example."""
-    return jnp.any(self.where, self.axes)
+    return jnp.any(True if self.where is None else self.where, self.axes)
 
   def with_class(self, labels: Any) -> "Mask":
     """A mask without the examples whose own class is masked.
@@ -260,12 +258,12 @@ class Mask:
     Raises:
       ValueError: If they have another shape, or ``axis`` does not fit it.
     """
-    axes = self.axes
-    if self.where is not None:
+    if self.where is None:
+      axes = canonicalize_axes(self._axis, np.shape(losses))
+    else:
+      axes = self.axes
       self._check_shape_of(losses, self.shape)
       losses = losses if zeroed else select(self.where, losses, 0)
-    elif not is_empty(self._axis):
-      axes = canonicalize_axes(self._axis, np.shape(losses))
     return jnp.sum(losses, axes) if axes else losses
 
   def _check_shape_of(self, result: jax.Array, expected: Shape) -> None:
@@ -303,11 +301,6 @@ class Mask:
       )
 
 
-def is_empty(axis: Axis) -> bool:
-  """Whether `axis` names no axis."""
-  return isinstance(axis, tuple | list) and not axis
-
-
 def is_debugging() -> bool:
   """Whether JAX inspects the result of each operation.
 
@@ -339,6 +332,22 @@ def _without_garbage(x: Any, where: jax.Array, fill: float) -> Any:
     return np.where(kept, x, np.asarray(fill, x.dtype))
   kept = jnp.broadcast_to(kept, x.shape)
   return jax.lax.select(kept, x, jax.lax.full_like(x, fill))
+
+
+def check_array(name: str, x: Any) -> None:
+  """Refuses an argument that is neither an array nor a number."""
+  if not (hasattr(x, "shape") or isinstance(x, float | int)):
+    raise TypeError(
+      f"`{name}` must be an array, not {type(x).__name__}."
+      f" Pass jnp.asarray({name})."
+    )
+
+
+def check_floating(name: str, x: Any) -> None:
+  """Refuses an argument of another dtype."""
+  dtype = jnp.result_type(x)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f"`{name}` must be floating, but has dtype {dtype}.")
 
 
 def boolean(where: Where) -> jax.Array:
@@ -415,8 +424,8 @@ def axes_to_insert(
       if target
     )
     raise ValueError(
-      f"`{name}` has shape {x_shape}, but for data of shape {shape} and the"
-      f" axes {axes} it must {accepted}be a scalar."
+      f"`{name}` has shape {x_shape}, but for {_described(shape, axes)} it"
+      f" must {accepted}be a scalar."
       + (f" Did you mean {' or '.join(fixes)}?" if fixes else "")
     )
   if (
@@ -427,10 +436,16 @@ def axes_to_insert(
     raise ValueError(
       f"`{name}` of shape {x_shape} fits data of shape {shape} in two ways:"
       f" as one entry an example, {name}{_indexed(axes, rank)}, and aligned"
-      f" to the last axis, {name}{_indexed(right_aligned, rank)}. Pass one of"
-      " the two."
+      f" to the last axis, {name}{_indexed(right_aligned, rank)}. Write the"
+      " one that you mean."
     )
   return axes
+
+
+def _described(shape: Shape, axes: Axes) -> str:
+  """Describes the data and the reduced axes in an error."""
+  reduced = f"`axis` reduces {axes}" if axes else "no axis is reduced"
+  return f"data of shape {shape}, of which {reduced},"
 
 
 def _indexed(new_axes: Axes, rank: int) -> str:
@@ -450,7 +465,14 @@ def _broadcast_with_examples(shape: Shape, given: Shape, axes: Axes) -> Shape:
       f"An array with one entry an example has shape {given}, but must have"
       f" the rank of {shape} without the axes {axes}."
     )
-  return jnp.broadcast_shapes(shape, shape_of_expanded(given, rank, axes))
+  try:
+    return jnp.broadcast_shapes(shape, shape_of_expanded(given, rank, axes))
+  except ValueError:
+    raise ValueError(
+      f"An array with one entry an example has shape {given}, but for"
+      f" {_described(shape, axes)} it must broadcast with"
+      f" {without(shape, axes)}."
+    ) from None
 
 
 def axes_last(axis: Axis, *arrays: Any) -> list[Any]:

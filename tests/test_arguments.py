@@ -147,18 +147,18 @@ def test_wrong_shape(case, dtype):
     ((1, 4, 3, 5), None),
     ((0,), None),
   ):
-    axes, batch = (
-      ("()", "")
+    reduced, batch = (
+      ("no axis is reduced", "")
       if case.elementwise
       else (
-        "(2,)",
+        "`axis` reduces (2,)",
         ", or have rank 2 and broadcast to (4, 3)",
       )
     )
     message = (
-      f"`where` has shape {where}, but for data of shape {shape} and the axes"
-      f" {axes} it must have rank 3 and broadcast to {shape}{batch}, or be a"
-      " scalar." + (f" Did you mean {fix}?" if fix else "")
+      f"`where` has shape {where}, but for data of shape {shape}, of which"
+      f" {reduced}, it must have rank 3 and broadcast to {shape}{batch}, or be"
+      " a scalar." + (f" Did you mean {fix}?" if fix else "")
     )
     with refuses(ValueError, message):
       case.loss(*arguments, where=np.ones(where, bool))
@@ -183,7 +183,7 @@ def test_two_readings(case, dtype):
     ValueError,
     "`where` of shape (5,) fits data of shape (5, 5) in two ways: as one"
     " entry an example, where[..., None], and aligned to the last axis,"
-    " where[None, :]. Pass one of the two.",
+    " where[None, :]. Write the one that you mean.",
   ):
     case.loss(*square, where=where)
   # Here Optax and the rule agree.
@@ -461,7 +461,7 @@ def test_scalars():
   assert optax.sigmoid_focal_loss(logit * jnp.nan, label, where=False) == 0
   with pytest.raises(ValueError, match=r"`where` has shape \(1,\)"):
     optax.sigmoid_focal_loss(logit, label, where=[True])
-  with pytest.raises(ValueError, match=r"axes \(\) it must be a scalar\."):
+  with pytest.raises(ValueError, match=r"reduced, it must be a scalar\."):
     optax.sigmoid_focal_loss(logit, label, where=[True, False])
 
 

@@ -71,6 +71,7 @@ def test_without_a_mask():
   assert mask.out(X) is X
   plain = jax.make_jaxpr(abs)(X)
   assert str(jax.make_jaxpr(error)(X)) == str(plain)
+  assert_equal(mask.any, True)
 
 
 def test_with_class_is_another_mask():
@@ -112,6 +113,12 @@ def test_result_of_another_shape():
 def test_examples_of_another_rank():
   with pytest.raises(ValueError, match=r"has shape \(4, 5\), but must have"):
     optax.Mask(WHERE, -1, X, examples=np.ones((4, 5), int))
+  with pytest.raises(ValueError) as error:
+    optax.Mask(WHERE, -1, X, examples=LABELS[:3])
+  assert str(error.value) == (
+    "An array with one entry an example has shape (3,), but for data of shape"
+    " (4, 5), of which `axis` reduces (1,), it must broadcast with (4,)."
+  )
   assert optax.Mask(True, -1, X[:1], examples=LABELS).shape == (4, 5)
 
 

@@ -263,7 +263,7 @@ class DecoratorTest(parameterized.TestCase):
       return jnp.abs(x - jnp.asarray(y))
 
     with self.assertRaisesWithLiteralMatch(
-      TypeError, "`y` must be an array, not list."
+      TypeError, "`y` must be an array, not list. Pass jnp.asarray(y)."
     ):
       loss(jnp.ones(2), [0.0, np.nan], where=jnp.array([True, False]))
 

@@ -103,6 +103,4 @@ def _losses_of_lists(logits, labels, weights=None, *, axis, where):
   x = mask(logits, below_maximum, "logits")
   x, y, w = axes_last(axis, x, mask(labels, 0.0), mask(weights, 0.0))
   losses = original.ranking_softmax_loss(x, y, weights=w, reduce_fn=None)
-  if where is None:
-    return losses, True
   return mask.out(losses), jnp.broadcast_to(mask.any, losses.shape)

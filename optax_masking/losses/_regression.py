@@ -7,7 +7,7 @@ import numpy as np
 from optax_masking._classes import select
 from optax_masking._compiled import compiled
 from optax_masking._decorator import masked_inputs
-from optax_masking._mask import Axis, Mask, Where
+from optax_masking._mask import Axis, Mask, Where, check_floating
 from optax_masking.fills import zero_unless_empty
 from optax_masking.losses._original import original
 
@@ -33,10 +33,7 @@ def _loss_of_error(loss, slope, predictions, targets, *, axis, where):
     return masked(*primals), slopes * derivative
 
   predictions, targets = mask.as_array(predictions), mask.as_array(targets)
-  if not jnp.issubdtype(predictions.dtype, jnp.floating):
-    raise TypeError(
-      f"`predictions` must be floating, but has dtype {predictions.dtype}."
-    )
+  check_floating("predictions", predictions)
   if targets is not None:
     if not jnp.issubdtype(targets.dtype, jnp.floating):
       # A sum, unlike a conversion, is weak where Optax's difference is.
