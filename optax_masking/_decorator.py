@@ -6,7 +6,7 @@ import inspect
 import numbers
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ R = TypeVar("R")
 
 
 def masked_inputs(
-  *, refuse_ambiguous_where: bool = False, **fills: Fill | PerExample
+  *unnamed: NoReturn,
+  refuse_ambiguous_where: bool = False,
+  **fills: Fill | PerExample,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
   """Gives a loss NumPy's ``axis`` and ``where``, safe in every derivative.
 
@@ -44,6 +46,7 @@ def masked_inputs(
   a :class:`Mask` in its body.
 
   Args:
+    *unnamed: Refused, since each fill has the name of its argument.
     refuse_ambiguous_where: Whether to refuse a ``where`` of lower rank that
       fits the data both as one entry an example and, as NumPy broadcasts,
       aligned to the last axis. For a loss whose callers may mean the latter.
@@ -76,7 +79,8 @@ def masked_inputs(
   Raises:
     TypeError: From the decorated loss, if ``where`` is not boolean, ``axis`` is
       not made of ints, or an argument to fill is no array; from the decorator,
-      if a fill names no parameter.
+      if there is no fill, a fill names no parameter or has no name, or the
+      parentheses of ``@masked_inputs(...)`` are missing.
     ValueError: From the decorated loss, if ``axis`` is out of range or
       repeated, if ``where`` has none of the accepted shapes or fits in two
       ways, or if the loss returns a shape that ``axis`` does not explain.
@@ -124,6 +128,11 @@ def masked_inputs(
     ...     where=jnp.array([[True, True, False], [False, False, False]])))
     [0.6931472 0.       ]
   """
+  if unnamed:
+    raise TypeError(
+      f"masked_inputs takes fills by name, not {unnamed[0]!r}. To decorate a"
+      " loss write @masked_inputs(predictions=0.0, targets=0.0), for example."
+    )
 
   def decorate(loss: Callable[P, R]) -> Callable[P, R]:
     _check_fills(loss, fills)
@@ -204,19 +213,23 @@ def _is_array(x: Any, parameter: inspect.Parameter) -> bool:
 
 
 def _check_fills(loss: Callable[..., Any], fills: Mapping[str, Any]) -> None:
-  """Refuses fills of unknown parameters, and fills of a wrong type."""
+  """Refuses no fill, fills of unknown parameters and those of a wrong type."""
   names = [
     name
     for name, parameter in inspect.signature(loss).parameters.items()
     if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     and name not in ("axis", "where")
   ]
-  if not fills or not fills.keys() <= set(names):
+  if not fills:
     raise TypeError(
-      f"There are fills for {list(fills)}; the parameters are {names}."
-      " Name a fill for each that is an array."
+      "Name a fill for each array argument of the loss, as in"
+      f" @masked_inputs({', '.join(f'{name}=0.0' for name in names[:1])})."
     )
   for name, fill in fills.items():
+    if name not in names:
+      raise TypeError(
+        f"There is no parameter {name!r} to fill; the parameters are {names}."
+      )
     number = fill.fill if isinstance(fill, PerExample) else fill
     if not (callable(number) or isinstance(number, numbers.Real)):
       raise TypeError(

@@ -166,19 +166,27 @@ class DecoratorTest(parameterized.TestCase):
     def loss(predictions, *more, axis=(), **others):
       raise NotImplementedError
 
-    for fills in (
-      {},
-      {"target": 0.0},
-      {"more": 0.0},
-      {"others": 0.0},
-      {"axis": 0.0},
-    ):
+    for name in ("target", "more", "others", "axis"):
       with self.assertRaisesWithLiteralMatch(
         TypeError,
-        f"There are fills for {list(fills)}; the parameters are"
-        " ['predictions']. Name a fill for each that is an array.",
+        f"There is no parameter {name!r} to fill; the parameters are"
+        " ['predictions'].",
       ):
-        optax.masked_inputs(**fills)(loss)
+        optax.masked_inputs(**{"predictions": 0.0, name: 0.0})(loss)
+    with self.assertRaisesWithLiteralMatch(
+      TypeError,
+      "Name a fill for each array argument of the loss, as in"
+      " @masked_inputs(predictions=0.0).",
+    ):
+      optax.masked_inputs()(loss)
+    for unnamed in (loss, 0.0):
+      with self.assertRaisesWithLiteralMatch(
+        TypeError,
+        f"masked_inputs takes fills by name, not {unnamed!r}. To decorate a"
+        " loss write @masked_inputs(predictions=0.0, targets=0.0), for"
+        " example.",
+      ):
+        optax.masked_inputs(unnamed)
     for fill in (None, optax.fills.PerExample(None)):
       with self.assertRaisesWithLiteralMatch(
         TypeError,
