@@ -74,7 +74,7 @@ def sigmoid_binary_cross_entropy(
   return mask.sum(losses, zeroed=True)
 
 
-# At a product of 0 the derivatives are the other factor, 0.
+# At 0 and 0 each derivative of the product x y is the other factor: 0.
 @compiled()
 @masked_inputs(predictor_outputs=0.0, targets=0.0)
 def hinge_loss(
@@ -118,7 +118,7 @@ def hinge_loss(
   return original.hinge_loss(predictor_outputs, targets)
 
 
-# At a product of 0 the derivatives are the other factor, 0.
+# At 0 and 0 each derivative of the product x y is the other factor: 0.
 @compiled()
 @masked_inputs(predictor_outputs=0.0, targets=0.0)
 def perceptron_loss(
@@ -447,13 +447,25 @@ def softmax_cross_entropy_with_integer_labels(
     :func:`softmax_cross_entropy`
   """
   mask = Mask(where, axis, logits, examples=labels)
-  if where is None or 0 in mask.shape or axis is None:  # Which is refused.
+  # Optax refuses axis=None.
+  if where is None or 0 in mask.shape or axis is None:
     return mask.out(
       original.softmax_cross_entropy_with_integer_labels(
         logits, labels, axis=axis
       )
     )
   return softmax_cross_entropy_of_class(mask, logits, labels)
+
+
+def _loss_of_class(loss, fill, scores, labels, *, axis, where):
+  """Masks a loss of scores and of the class of each example.
+
+  The loss has no `axis`, and the fill puts masked scores where they do not
+  change the loss.
+  """
+  mask = Mask(where, axis, scores, examples=labels).with_class(labels)
+  (x,) = axes_last(axis, mask(scores, fill, "scores"))
+  return mask.out(loss(x, mask.example(labels, 0)))
 
 
 @compiled()
@@ -505,11 +517,15 @@ def multiclass_hinge_loss(
     Kernel-based Vector Machines
     <https://www.jmlr.org/papers/v2/crammer01a.html>`_, 2001.
   """
-  mask = Mask(where, axis, scores, examples=labels).with_class(labels)
   # A score far below the maximum does not change it, nor does it with a margin.
-  (x,) = axes_last(axis, mask(scores, far_below, "scores"))
-  y = mask.example(labels, 0)
-  return mask.out(original.multiclass_hinge_loss(x, y))
+  return _loss_of_class(
+    original.multiclass_hinge_loss,
+    far_below,
+    scores,
+    labels,
+    axis=axis,
+    where=where,
+  )
 
 
 @compiled()
@@ -558,11 +574,15 @@ def multiclass_perceptron_loss(
     Collins, `Discriminative Training Methods for Hidden Markov Models
     <https://aclanthology.org/W02-1001>`_, 2002.
   """
-  mask = Mask(where, axis, scores, examples=labels).with_class(labels)
   # A score far below the maximum does not change it.
-  (x,) = axes_last(axis, mask(scores, far_below, "scores"))
-  y = mask.example(labels, 0)
-  return mask.out(original.multiclass_perceptron_loss(x, y))
+  return _loss_of_class(
+    original.multiclass_perceptron_loss,
+    far_below,
+    scores,
+    labels,
+    axis=axis,
+    where=where,
+  )
 
 
 # The class is not in the normalizer; a label of 0 removes both of its terms.
@@ -1040,10 +1060,9 @@ def ctc_loss(
 def _wide_below_maximum(x, where, axes):
   """Fills scores that enter a projection, which a shift does not change.
 
-  A score that is 1 below the maximum is outside of the support. Sums over many
-  scores need the digits of float32, which is the dtype of the result anyway. So
-  does the shift: in float16 the difference of two scores may be infinite, while
-  the loss of the lower one is finite.
+  Sums over many scores need the digits of float32, which is the dtype of the
+  result anyway. So does the shift: in float16 the difference of two scores may
+  be infinite, while the loss of the lower one is finite.
   """
   # Selected before the conversion, so that no garbage is converted.
   x = jnp.where(where, x, 0).astype(jnp.promote_types(x.dtype, "float32"))
@@ -1101,10 +1120,15 @@ def multiclass_sparsemax_loss(
     Attention and Multi-Label Classification
     <https://arxiv.org/abs/1602.02068>`_, 2016.
   """
-  mask = Mask(where, axis, scores, examples=labels).with_class(labels)
-  (x,) = axes_last(axis, mask(scores, _wide_below_maximum, "scores"))
-  y = mask.example(labels, 0)
-  return mask.out(_batched(original.multiclass_sparsemax_loss, x, y))
+  # A score that is 1 or more below the maximum is outside of the support.
+  return _loss_of_class(
+    functools.partial(_batched, original.multiclass_sparsemax_loss),
+    _wide_below_maximum,
+    scores,
+    labels,
+    axis=axis,
+    where=where,
+  )
 
 
 def _batched(
@@ -1114,7 +1138,7 @@ def _batched(
 ) -> jax.Array:
   """Calls a loss that takes one axis of examples with any number of them."""
   if np.ndim(labels) != np.ndim(scores) - 1:
-    return loss(scores, labels)  # Which refuses them.
+    return loss(scores, labels)  # Optax refuses these shapes.
   if np.ndim(scores) == 1:
     return loss(jnp.expand_dims(scores, 0), jnp.expand_dims(labels, 0))[0]
   for _ in range(np.ndim(scores) - 2):
