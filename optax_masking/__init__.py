@@ -12,50 +12,16 @@ import optax as _optax
 from optax_masking._names import names_of as _names_of
 
 if _typing.TYPE_CHECKING:
-  # A type checker that skips Optax, which declares no types, as mypy does by
-  # default, sees here some `__getattr__`, and takes each name for Any. One that
-  # reads Optax sees a module that it can't call, and reports a misspelt name.
+  # mypy skips Optax, which ships no types: by this `__getattr__` each name that
+  # is not defined here is Any for it. pyright reads Optax: `__getattr__` is a
+  # module, which it can't call, and so it reports a misspelt name.
   import optax as __getattr__
-  from optax import (  # These are not in its `__all__`.
-    InjectStatefulHyperparamsState as InjectStatefulHyperparamsState,
-    MaskedNode as MaskedNode,
-    SnapshotState as SnapshotState,
-    WrappedSchedule as WrappedSchedule,
-    assignment as assignment,
-    bias_correction as bias_correction,
-    contrib as contrib,
-    experimental as experimental,
-    freeze as freeze,
-    inject_stateful_hyperparams as inject_stateful_hyperparams,
-    microbatching as microbatching,
-    named_chain as named_chain,
-    normalize_by_update_norm as normalize_by_update_norm,
-    optimistic_adam as optimistic_adam,
-    optimistic_adam_v2 as optimistic_adam_v2,
-    optimistic_gradient_descent as optimistic_gradient_descent,
-    perturbations as perturbations,
-    projections as projections,
-    scale_by_distance_over_gradients as scale_by_distance_over_gradients,
-    scale_by_learning_rate as scale_by_learning_rate,
-    scale_by_optimistic_gradient as scale_by_optimistic_gradient,
-    schedules as schedules,
-    second_order as second_order,
-    selective_transform as selective_transform,
-    snapshot as snapshot,
-    transforms as transforms,
-    tree as tree,
-    tree_map_params as tree_map_params,
-    tree_utils as tree_utils,
-    update_infinity_moment as update_infinity_moment,
-    update_moment as update_moment,
-    update_moment_per_elem_norm as update_moment_per_elem_norm,
-    warmup_constant_schedule as warmup_constant_schedule,
-    with_extra_args_support as with_extra_args_support,
-  )
 
   from optax_masking import losses as losses
+  from optax_masking._unlisted import *  # noqa: F403
 
-  # Of two names mypy takes the first, and pyright the one not after `except`.
+  # Both define the losses. mypy keeps the first definition, pyright the one
+  # that is not after `except`.
   try:
     from optax_masking.losses import *  # noqa: F403
   except ImportError:

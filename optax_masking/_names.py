@@ -10,11 +10,9 @@ from typing import Any
 def names_of(original: types.ModuleType, here: str) -> Callable[[str], Any]:
   """Makes the `__getattr__` of the module `here`.
 
-  A function would do, but for the warnings of Optax: they name the line that
-  asked for a deprecated name, and find it by counting frames, so that there
-  must be no frame in between. An error has to pass through one, to name the
-  module that the caller asked. Python calls the two methods below in this
-  order, and only after an AttributeError the second; the first is C alone.
+  Optax warns of deprecated names with `stacklevel=2`, so no Python frame may
+  lie between the caller and Optax: the first look-up is `getattr` in C. Only if
+  it fails does Python call `__getattr__`, which names this module in the error.
   """
 
   class Names:

@@ -42,7 +42,8 @@ _modules = [
   )
 ]
 _defined = _collections.ChainMap(*map(vars, _modules))
-# A loss that an older Optax does not have is not here either.
+# A loss that a newer Optax has removed, such as a deprecated name, is not here
+# either.
 globals().update(
   (name, _defined[name]) for name in _ROWS if hasattr(_optax_losses, name)
 )
