@@ -81,16 +81,6 @@ class Audit:
   def title(self) -> str:
     return f"{'Quick audit' if self.quick else 'Audit'} of the mask contract"
 
-  @property
-  def cases(self) -> int:
-    """How many results were compared."""
-    return sum(self.summary(target).cases for target in self.reports)
-
-  @property
-  def seconds(self) -> float:
-    """How long it took."""
-    return sum(self.summary(target).seconds for target in self.reports)
-
   def is_new(self, target: str, name: str, finding: Finding) -> bool:
     """Whether there is a baseline that does not have the finding."""
     return self.new is not None and identify(target, name, finding) in self.new
