@@ -20,11 +20,11 @@ from optax_masking._classes import (
 )
 from optax_masking._mask import Mask
 
-# The backward pass keeps the logits and what normalizes them, and computes the
-# softmax anew, in one loop. Without barriers the exponentials, which take most
-# of the time, are computed once if forward and backward pass are one program.
-# With them, which is better for probabilities, more is computed and less is
-# written.
+# The backward pass keeps the logits and their normalizer, and computes the
+# softmax anew, in one loop. The exponentials take most of the time. Without
+# barriers XLA computes them once, if the forward and the backward pass are one
+# program. With the barriers of `jax.checkpoint` XLA computes more and writes
+# less, which is better for `_probabilities_loss`.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 

@@ -37,13 +37,13 @@ it is a scalar. For data of shape [B, C], with B and C different and not 1:
 If B equals C, then [B] with axis=-1 has one entry an example. A loss whose
 callers may mean classes by it refuses it (`refuse_ambiguous_where`).
 
-Not among the transformations of clause 8 is the Taylor mode of
-`jax.experimental.jet`. It has no rule for `jnp.any` and none for a choice
-between platforms, and does not look at custom derivatives; to count instead of
-`jnp.any` would cost a sixth of the time of a `kl_divergence`. It takes any mask
-of the elementwise losses that are Optax's of filled arguments (`hinge_loss`,
-`perceptron_loss`, `sparsemax_loss`) and of `make_fenchel_young_loss`, and no
-mask of another loss.
+Clause 8 leaves out the Taylor mode of `jax.experimental.jet`. This mode has no
+rule for `jnp.any`, none for a choice between platforms, and ignores custom
+derivatives. A count instead of `jnp.any` would add a sixth to the time of a
+`kl_divergence`. The Taylor mode takes any mask of `hinge_loss`,
+`perceptron_loss` and `sparsemax_loss`, whose masked form is Optax's loss of
+filled arguments, and of `make_fenchel_young_loss`. It takes no mask of another
+loss.
 """
 
 import copy
@@ -128,19 +128,14 @@ class Mask:
     """Checks a mask against the data.
 
     Args:
-      where: The elements to include, boolean, or None for all: a scalar, an
-        array or a list that has the rank of the data and broadcasts to them, or
-        one that has the rank of the data without ``axis`` and broadcasts to
-        that.
+      where: As in :func:`masked_inputs`, for the shape of the data.
       axis: The axes that the loss reduces: an int, a tuple of ints, or None for
         all. ``()`` for a loss with a number for each element.
       *data: Arrays and numbers that together broadcast to the shape of the
         data; None is left out.
       examples: An array with one entry an example, so without ``axis``, such
         as class labels; or a tuple of them.
-      refuse_ambiguous_where: Whether to refuse a ``where`` of lower rank that
-        fits the data both as one entry an example and, as NumPy broadcasts,
-        aligned to the last axis. For a loss whose callers may mean the latter.
+      refuse_ambiguous_where: As in :func:`masked_inputs`.
 
     Raises:
       TypeError: If ``where`` is not boolean or ``axis`` not made of ints.
@@ -276,10 +271,10 @@ class Mask:
       )
 
   def as_array(self, x: Any) -> Any:
-    """Prepares an argument of a formula that selects elements by itself.
+    """Converts an argument of a formula that replaces masked elements itself.
 
-    Masked elements keep what they hold. While JAX inspects each operation for
-    NaN they are 0, so that it finds none in them.
+    Masked elements keep their values, but not while JAX inspects each operation
+    for NaN: then masked elements are 0, so that JAX finds no NaN in them.
     """
     if self.where is None or x is None:
       return x
@@ -288,7 +283,10 @@ class Mask:
     return jnp.asarray(x)
 
   def check_axis_of(self, x: Any, name: str) -> None:
-    """Refuses an axis that is another one in an argument of lower rank."""
+    """Refuses an axis counted from the start, if `x` lacks axes of the data.
+
+    Axes of the same number are then different axes of `x` and of the data.
+    """
     axis, shape = self._axis, np.shape(x)
     given = axis if isinstance(axis, Sequence) else (axis,)
     if 0 < len(shape) < len(self.shape) and any(
@@ -304,7 +302,8 @@ class Mask:
 def is_debugging() -> bool:
   """Whether JAX inspects the result of each operation.
 
-  It would then report operations on garbage, in place of the user's mistake.
+  JAX would then report an operation on the garbage of a masked element, and
+  not the mistake that the user looks for.
   """
   flags = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
   return any(getattr(jax.config, flag) for flag in flags)

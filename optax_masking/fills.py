@@ -26,8 +26,8 @@ __all__ = [
 
 Fill = float | Callable[[Array, jax.Array, Axes], jax.Array]
 
-# An exponential of this size is 0 in float32, in which half precision is
-# computed as a rule; in float64 it is lost next to that of 0.
+# In float32, in which half precision is computed as a rule, the exponential of
+# this number is 0. In float64 it is too small to change a sum that has exp(0).
 _UNDERFLOW = 1.1 * math.log(float(jnp.finfo("float32").smallest_subnormal))
 
 

@@ -13,9 +13,10 @@ from optax_masking.losses._original import original
 
 
 def _loss_of_error(loss, slope, predictions, targets, *, axis, where):
-  """Masks a loss of the error that is 0 at 0 and has a slope of 0 there.
+  """Masks a loss of the error.
 
-  The error is selected once, in the loop that subtracts, and the loss is not.
+  At an error of 0 the loss and its slope have to be 0. Masked errors are
+  replaced by 0 in the loop that subtracts, and the loss needs no select.
   """
   mask = Mask(where, axis, predictions, targets)
   if where is None:

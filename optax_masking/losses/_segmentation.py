@@ -159,7 +159,7 @@ def _losses_of_classes(
   if axis is None:
     axis = tuple(range(1, probabilities.ndim - 1))
   included = jnp.any(where, axis)
-  # Without a pixel it is 1 - (0 + 1) / (0 + 1).
+  # A class without a pixel: all sums are 0, so smooth = 1 makes it 1 - 1/1 = 0.
   smooth = select(included, smooth, 1)
   alpha = select(included, alpha, 1)
   beta = select(included, beta, 1)
@@ -246,7 +246,7 @@ def _dice_loss(
   if reduction == "none":
     return losses
   if reduction not in ("mean", "sum"):
-    return loss(predictions, targets)  # Which refuses it.
+    return loss(predictions, targets)  # Optax refuses others.
   total = jnp.sum(losses, -1)
   if reduction == "sum":
     return total

@@ -172,7 +172,7 @@ def triplet_margin_loss(
   vectors = (anchors, positives, negatives)
   dtypes = map(jnp.result_type, vectors)
   if where is None or not all(jnp.issubdtype(d, jnp.floating) for d in dtypes):
-    return original.triplet_margin_loss(  # Which refuses integers.
+    return original.triplet_margin_loss(  # Optax refuses integers.
       *vectors, axis, norm_degree, margin, eps
     )
   _check_sizes(*vectors, axis)

@@ -61,7 +61,7 @@ def smooth_labels(
   if where is None:
     return original.smooth_labels(labels, alpha, axis=axis)
   if not jnp.issubdtype(jnp.result_type(labels), jnp.floating):
-    return original.smooth_labels(labels, alpha)  # Which refuses them.
+    return original.smooth_labels(labels, alpha)  # Optax refuses these.
   mask = Mask(where, axis, labels, alpha, refuse_ambiguous_where=True)
   included = jnp.broadcast_to(mask.where, mask.shape)
   count = jnp.maximum(jnp.sum(included, mask.axes, keepdims=True), 1)

@@ -124,7 +124,7 @@ def _of_sequences(loss):
   return sequences
 
 
-# Each gives the shape nearest to another that Optax's loss takes.
+# Each turns a shape into a similar one that Optax's loss takes.
 
 
 def _as_given(shape):
@@ -169,17 +169,18 @@ class Row:
       data.
     shape: A shape for small data.
     adapt: Turns Optax's function into one of the data, `axis` and `where`.
-    fit: Gives the shape nearest to another that Optax's loss takes.
+    fit: Turns a shape into a similar one that Optax's loss takes.
     masks_examples: Whether the loss takes a mask without the last axis.
     result_axes: The axes of the data that the result has, if its shape does not
       show them.
-    compacts: Whether the data can be written without masked elements. Data of
-      sequences can't, since other arguments name the classes.
+    compacts: Whether masked elements can be deleted from the data. Those of
+      sequences can't, since the labels, another argument, number the classes.
     makes_loss: Whether it is a function that returns the loss.
     alias_of: The loss of which this is a deprecated name.
     output_of: The loss of which this is the first result.
-    mechanism: The way of masking for which this loss stands in the default
-      tests. The nightly tests try such properties with every loss.
+    mechanism: The way in which the loss is masked, named for one loss of each
+      way. Tests of properties that depend on the way alone try these losses by
+      day, and every loss at night.
   """
 
   name: str
