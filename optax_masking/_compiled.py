@@ -59,7 +59,7 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     # While JAX searches for NaN there are other programs, hence the last key.
     @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
     def program(constants, inputs, _debugging):
-      return masked({**inputs, **{name: x for name, x, _ in constants}})
+      return masked({**inputs, **{name: x for name, _, x in constants}})
 
     @functools.wraps(loss)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -77,8 +77,9 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
           arguments[name] = _array(name, x)
         inputs = dict(arguments)
         constants = [(n, inputs.pop(n)) for n in ("axis", *static)]
-        # The type is part of the key, since 1, True and 1.0 are equal.
-        keys = tuple((name, x, _type_of(x)) for name, x in constants)
+        # The type is part of the key, since 1, True and 1.0 are equal. It comes
+        # first: a tuple and a number of NumPy are compared as arrays.
+        keys = tuple((name, _type_of(x), x) for name, x in constants)
         with contextlib.suppress(OverflowError):
           if _is_hashable(keys):
             return program(keys, inputs, is_debugging())

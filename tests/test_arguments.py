@@ -341,6 +341,14 @@ def test_axis_without_a_mask(case, dtype):
     assert_allclose(loss(*arguments, where=True), expected, rtol=1e-5)
 
 
+def test_axis_of_numpy():
+  """It is the same axis, also after a tuple, with which NumPy compares it."""
+  arguments = [jnp.arange(10.0).reshape(2, 5)] * 2
+  loss = functools.partial(optax.hinge_loss, *arguments, where=True)
+  for axis in ((0, 1), np.int64(1), (0, 1), (np.int64(0), 1), np.int32(1)):
+    assert_equal(loss(axis=axis), jnp.sum(loss(), axis))
+
+
 @each_mechanism([c for c in REDUCING if not c.has_classes])
 def test_none_is_every_axis(case, dtype):
   arguments = case.arguments(dtype)
