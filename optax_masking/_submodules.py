@@ -46,6 +46,11 @@ def _in_optax(name: str) -> str:
 
 
 def install() -> None:
-  """Puts the finder before all others, once in a process."""
-  if not any(isinstance(f, _OptaxModules) for f in sys.meta_path):
+  """Puts the finder before all others, once in a process.
+
+  After a reload of this module the finder that is there is of an older class of
+  the same name.
+  """
+  names = [(type(f).__module__, type(f).__qualname__) for f in sys.meta_path]
+  if (_OptaxModules.__module__, _OptaxModules.__qualname__) not in names:
     sys.meta_path.insert(0, _OptaxModules())

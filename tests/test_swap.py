@@ -172,6 +172,16 @@ class SwapTest(parameterized.TestCase):
       for statement in IMPORTS
     )
 
+  def test_reload(self):
+    """One finder is enough, also if its class is made again."""
+    run(
+      "import importlib, sys, optax_masking as optax\n"
+      "before = list(sys.meta_path)\n"
+      "importlib.reload(optax._submodules)\n"
+      "importlib.reload(optax)\n"
+      "assert sys.meta_path == before, sys.meta_path\n"
+    )
+
   def test_modules_are_the_same_objects(self):
     """Two copies of a module would have unequal classes."""
     names = ["_src.base", "contrib._muon", "schedules._schedule"]
