@@ -205,7 +205,11 @@ class Mask:
   @property
   def any(self) -> jax.Array:
     """Whether anything is included of each example."""
-    return jnp.any(True if self.where is None else self.where, self.axes)
+    if self.where is None:
+      return jnp.asarray(True)
+    if any(self.shape[a] == 0 for a in self.axes):  # `where` may have size 1.
+      return jnp.zeros(without(self.where.shape, self.axes), bool)
+    return jnp.any(self.where, self.axes)
 
   def with_class(self, labels: Any) -> "Mask":
     """A mask without the examples whose own class is masked.

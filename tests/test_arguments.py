@@ -417,16 +417,16 @@ def test_no_classes(case, dtype):
   arguments = [
     jnp.ones((4, 0)[: x.ndim], x.dtype) for x in case.arguments(dtype)
   ]
-  where = np.ones((4, 0), bool)
-  try:
-    expected = case.original(*arguments)
-  except Exception as error:
-    got = error_of(case.loss, *arguments, where=where)
-    assert type(got) is type(error)
-  else:
-    got = case.loss(*arguments, where=where)
-    assert got.shape == expected.shape
-    assert_equal(got, 0)
+  for where in (np.ones((4, 0), bool), np.ones((4, 1), bool), True):
+    try:
+      expected = case.original(*arguments)
+    except Exception as error:
+      got = error_of(case.loss, *arguments, where=where)
+      assert type(got) is type(error)
+    else:
+      got = case.loss(*arguments, where=where)
+      assert got.shape == expected.shape
+      assert_equal(got, 0)
 
 
 def test_python_scalars():
