@@ -75,6 +75,8 @@ def far_below(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   add up to 1. Masked scores are put below the largest of a slice by 10,000 (128
   in float16) and an eighth of its size, which is apart from it at every
   precision; if the largest is near the least finite number, they are put there.
+  If the largest is that number itself, included scores are raised to the next
+  one, so that none ties with a masked one and shares its gradient.
   """
   if 0 in jnp.shape(x):
     return jnp.asarray(x)
@@ -86,7 +88,9 @@ def far_below(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   # An eighth is more than bfloat16 rounds off; float16 has no room for 10,000.
   lower = finite - jnp.abs(finite) / 8 - min(1e4, float(info.max) / 512)
   lower = jnp.where(top > least / 2, lower, jnp.minimum(top, least))
-  return _keep_first(jnp.where(where, x, lower), where, axes, 0.0)
+  filled = _keep_first(jnp.where(where, x, lower), where, axes, 0.0)
+  last_digit = 2.0 ** int(info.maxexp - info.nmant - 1)  # Of the least number.
+  return filled + jnp.where(where & (top == least), last_digit, 0.0)
 
 
 def zero_unless_empty(x: Array, where: jax.Array, axes: Axes) -> jax.Array:

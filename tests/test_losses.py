@@ -1029,6 +1029,19 @@ class ScoresTest(parameterized.TestCase):
         assert_close(value, right, dtype, terms=size)
         assert_close(gradient[np.array([0, 2, 3])], slope, dtype)
 
+  @parameterized.product(
+    dtype=DTYPES, name=("multiclass_hinge_loss", "multiclass_perceptron_loss")
+  )
+  def test_least_scores(self, dtype, name):
+    """No share of the gradient is lost to a masked score."""
+    scores = jnp.full(3, jnp.finfo(dtype).min, dtype)
+    got, expected = without_second_class(name)
+    with jax.debug_nans(True), jax.debug_infs(True):
+      value, gradient = got(np.insert(scores, 1, NAN), np.array(2))
+    right, slope = expected(scores, np.array(1))
+    assert_close(value, right, dtype)
+    assert_close(gradient, np.insert(slope, 1, 0), dtype)
+
   @parameterized.parameters(
     # Of two scores far apart the upper has all of the probability: the loss is
     # 0 for its label, and their difference for the other.
