@@ -50,6 +50,7 @@ import copy
 import dataclasses
 import math
 import operator
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -355,16 +356,26 @@ def check_floating(name: str, x: Any) -> None:
 
 def boolean(where: Where) -> jax.Array:
   """Checks the dtype of a mask."""
-  fix = "`mask != 0`"
-  if isinstance(where, Sequence):  # A list never equals 0.
-    fix = "`jnp.asarray(mask) != 0`"
-  if not isinstance(where, jax.Array):  # A conversion costs microseconds.
-    where = jnp.asarray(where)
-  if where.dtype != bool:
-    raise TypeError(
-      f"`where` must be boolean, but has dtype {where.dtype}. Pass {fix}."
-    )
-  return where
+  mask = where
+  if not isinstance(mask, jax.Array):  # A conversion costs microseconds.
+    try:
+      mask = jnp.asarray(mask)
+    except (TypeError, ValueError):
+      written = textwrap.shorten(repr(where), 80)
+      raise TypeError(
+        f"`where` must be a boolean array, but is {written}."
+      ) from None
+  if mask.dtype == bool:
+    return mask
+  if isinstance(where, Sequence):
+    if mask.size == 0:  # An empty list has no dtype of its own.
+      return mask.astype(bool)
+    fix = "`jnp.asarray(mask) != 0`"  # A list never equals 0.
+  else:
+    fix = "`mask != 0`"
+  raise TypeError(
+    f"`where` must be boolean, but has dtype {mask.dtype}. Pass {fix}."
+  )
 
 
 def canonicalize_axes(axis: Axis, shape: Shape) -> Axes:

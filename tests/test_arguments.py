@@ -132,6 +132,37 @@ def test_not_boolean(case, dtype):
       case.loss(*arguments, where=where)
 
 
+@pytest.mark.parametrize(
+  "where,written",
+  [
+    (np.array([True, None]), "array([True, None], dtype=object)"),
+    ("padding", "'padding'"),
+    ({True}, "{True}"),
+    ([None, True], "[None, True]"),
+    ([[True], [True, False]], "[[True], [True, False]]"),
+    ([None] * 100, f"[{'None, ' * 12}[...]"),
+  ],
+)
+def test_no_array(where, written):
+  message = f"`where` must be a boolean array, but is {written}."
+  for call in (
+    lambda: optax.hinge_loss(jnp.ones(2), jnp.ones(2), where=where),
+    lambda: optax.Mask(where, -1, jnp.ones(2)),
+    lambda: optax.reductions.masked_sum(jnp.ones(2), where),
+  ):
+    with refuses(TypeError, message):
+      call()
+
+
+def test_empty_list():
+  """It has no element that is not boolean."""
+  for where, shape in (([], 0), ([[]], (1, 0)), ([[], []], (2, 0))):
+    losses = optax.hinge_loss(jnp.ones(shape), jnp.ones(shape), where=where)
+    assert losses.shape == np.shape(where)
+  with pytest.raises(ValueError, match=r"`where` has shape \(0,\)"):
+    optax.hinge_loss(jnp.ones(3), jnp.ones(3), where=[])
+
+
 @each_mechanism(SLICED, quick=True)
 def test_wrong_shape(case, dtype):
   """The message names the shape, what is accepted, and the way out."""
