@@ -35,6 +35,13 @@ def without(shape: Shape, axes: Axes) -> Shape:
   return tuple(s for a, s in enumerate(shape) if a not in axes)
 
 
+def broadcasts(shape: Shape, to: Shape) -> bool:
+  """Whether an array of a shape broadcasts to another, which it leaves."""
+  return len(shape) <= len(to) and all(
+    s in (1, t) for s, t in zip(reversed(shape), reversed(to), strict=False)
+  )
+
+
 def padded(shape: Shape, rank: int) -> Shape:
   """The shape with axes of size 1 in front, up to this rank."""
   return (1,) * (rank - len(shape)) + shape

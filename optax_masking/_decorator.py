@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_masking._classes import Shape, without
 from optax_masking._mask import Axis, Mask, check_array
 from optax_masking.fills import Fill, PerExample
 
@@ -177,7 +178,7 @@ def masked_inputs(
       for name, x in arrays.items():
         fill = fills[name]
         if isinstance(fill, PerExample):
-          filled[name] = mask.example(x, fill.fill)
+          filled[name] = mask.example(x, fill.fill, name)
         else:
           filled[name] = mask(x, fill, name)
       # A fill may broadcast arguments that the loss itself would refuse.
@@ -185,6 +186,7 @@ def masked_inputs(
         raise_as_unmasked(lambda: evaluate(call, where=None))
       whole = jnp.broadcast_to(mask.where, mask.shape)
       result = evaluate(call, **filled, where=whole)
+      _check_result(np.shape(result), mask, elementwise)
       return mask.sum(result) if elementwise else mask.out(result)
 
     masked_loss.__signature__ = signature  # type: ignore[attr-defined]
@@ -196,6 +198,24 @@ def masked_inputs(
 def _is_empty(axis: Axis) -> bool:
   """Whether `axis` names no axis."""
   return isinstance(axis, tuple | list) and not axis
+
+
+def _check_result(shape: Shape, mask: Mask, elementwise: bool) -> None:
+  """Refuses a result that `axis` does not explain."""
+  if shape == mask.shape:
+    return
+  if elementwise:
+    expected = mask.shape
+    rule = "that reduces an axis declares it in its signature: `axis=-1`."
+  else:
+    expected = without(mask.shape, mask.axes)
+    rule = "reduces the `axis` that it declares, and no other."
+  if shape != expected:
+    raise ValueError(
+      f"The loss returned the shape {shape} for data of shape {mask.shape},"
+      f" not {expected}. A loss {rule} One that returns another shape makes a"
+      " `Mask` in its body."
+    )
 
 
 def raise_as_unmasked(unmasked_call: Callable[[], Any]) -> None:

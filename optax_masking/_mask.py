@@ -61,6 +61,7 @@ import numpy as np
 from optax_masking._classes import (
   Axes,
   Shape,
+  broadcasts,
   class_is_included,
   class_of_example,
   inserted,
@@ -139,16 +140,18 @@ class Mask:
       refuse_ambiguous_where: As in :func:`masked_inputs`.
 
     Raises:
-      TypeError: If ``where`` is not boolean or ``axis`` not made of ints.
-      ValueError: If ``axis`` is out of range or repeated, or if ``where`` has
-        none of the accepted shapes or fits in two ways.
+      TypeError: If ``where`` is not boolean, ``axis`` not made of ints, or
+        there are no data.
+      ValueError: If ``axis`` is out of range or repeated, if ``where`` has none
+        of the accepted shapes or fits in two ways, or if the data or the
+        examples do not broadcast.
     """
     fields = vars(self)  # A frozen class refuses assignments.
     fields.update(where=None, axes=(), shape=(), _axis=axis)
     if where is None:
       return
     mask = boolean(where)
-    shape = jnp.broadcast_shapes(*(np.shape(x) for x in data if x is not None))
+    shape = _shape_of_data(data)
     axes = canonicalize_axes(axis, shape)
     for x in examples if isinstance(examples, tuple) else (examples,):
       if x is not None:
@@ -177,11 +180,17 @@ class Mask:
 
     Raises:
       TypeError: If ``fill`` is a function and ``x`` is not floating.
-      ValueError: If ``fill`` is a function, and ``axis`` is counted from the
-        start but not the same axis in ``x`` as in the data.
+      ValueError: If ``x`` does not broadcast to the data; or if ``fill`` is a
+        function, and ``axis`` is counted from the start but not the same axis
+        in ``x`` as in the data.
     """
     if self.where is None or x is None:
       return x
+    if not broadcasts(np.shape(x), self.shape):
+      raise ValueError(
+        f"`{name}` has shape {np.shape(x)}, but must broadcast to that of the"
+        f" data, {self.shape}."
+      )
     if is_debugging():
       x = _without_garbage(x, self.where, 0 if callable(fill) else fill)
     if not callable(fill):
@@ -195,10 +204,30 @@ class Mask:
       where = jnp.any(where, broadcast, keepdims=True)
     return fill(x, where, self.axes)
 
-  def example(self, x: Any, fill: float) -> Any:
-    """Replaces the entries of examples of which nothing is included."""
+  def example(self, x: Any, fill: float, name: str = "x") -> Any:
+    """Replaces the entries of examples of which nothing is included.
+
+    Args:
+      x: An argument with one entry an example, that broadcasts to the shape of
+        the data without ``axis``; None is returned as it is.
+      fill: A number to replace these entries by, which is cut off to an integer
+        for integers.
+      name: The name of ``x`` in an error.
+
+    Returns:
+      The filled argument.
+
+    Raises:
+      ValueError: If ``x`` does not broadcast to that shape.
+    """
     if self.where is None or x is None:
       return x
+    shape = without(self.shape, self.axes)
+    if not broadcasts(np.shape(x), shape):
+      raise ValueError(
+        f"`{name}` has shape {np.shape(x)}, but for"
+        f" {_described(self.shape, self.axes)} it must broadcast to {shape}."
+      )
     if is_debugging():
       x = _without_garbage(x, self.any, fill)
     return select(self.any, x, fill)
@@ -227,7 +256,11 @@ class Mask:
     return self.with_where(self.where & included)
 
   def with_where(self, where: jax.Array) -> "Mask":
-    """The mask of the same data with another array."""
+    """The mask of the same data with another array.
+
+    Args:
+      where: A boolean array that broadcasts to the data, of their rank.
+    """
     other = copy.copy(self)
     vars(other)["where"] = where
     return other
@@ -245,11 +278,17 @@ class Mask:
       return result
     if np.shape(result) == self.shape:
       return select(self.where, result, 0)
-    self._check_shape_of(result, without(self.shape, self.axes))
+    shape = without(self.shape, self.axes)
+    if np.shape(result) != shape:
+      raise ValueError(
+        f"`Mask.out` was given the shape {np.shape(result)}, but for"
+        f" {_described(self.shape, self.axes)} it takes"
+        f" {' or '.join(map(str, dict.fromkeys((shape, self.shape))))}."
+      )
     return select(self.any, result, 0)
 
   def sum(self, losses: jax.Array, *, zeroed: bool = False) -> jax.Array:
-    """Zeroes masked elements of the losses, and sums over `axis`.
+    """Zeroes masked elements of the losses, and sums over ``axis``.
 
     Args:
       losses: A number for each element, in the shape of the data.
@@ -262,18 +301,13 @@ class Mask:
       axes = canonicalize_axes(self._axis, np.shape(losses))
     else:
       axes = self.axes
-      self._check_shape_of(losses, self.shape)
+      if np.shape(losses) != self.shape:
+        raise ValueError(
+          f"`Mask.sum` was given the shape {np.shape(losses)}, but takes that"
+          f" of the data, {self.shape}."
+        )
       losses = losses if zeroed else select(self.where, losses, 0)
     return jnp.sum(losses, axes) if axes else losses
-
-  def _check_shape_of(self, result: jax.Array, expected: Shape) -> None:
-    if np.shape(result) != expected:
-      raise ValueError(
-        f"The loss returned the shape {np.shape(result)} for data of shape"
-        f" {self.shape}, not {expected}. A masked loss reduces the `axis`"
-        " that it declares, or returns a value for each element if it"
-        " declares none. A loss that reduces more makes a `Mask` in its body."
-      )
 
   def as_array(self, x: Any) -> Any:
     """Converts an argument of a formula that replaces masked elements itself.
@@ -291,6 +325,13 @@ class Mask:
     """Refuses an axis counted from the start, if `x` lacks axes of the data.
 
     Axes of the same number are then different axes of `x` and of the data.
+
+    Args:
+      x: An argument of the loss.
+      name: The name of ``x`` in the error.
+
+    Raises:
+      ValueError: If there is such an axis.
     """
     axis, shape = self._axis, np.shape(x)
     given = axis if isinstance(axis, Sequence) else (axis,)
@@ -469,6 +510,23 @@ def _indexed(new_axes: Axes, rank: int) -> str:
     return f"[{', '.join(['...'] + ['None'] * len(new_axes))}]"
   index = ["None" if a in new_axes else ":" for a in range(kept[-1] + 1)]
   return f"[{', '.join(index)}]"
+
+
+def _shape_of_data(data: Sequence[Any]) -> Shape:
+  """The shape that arrays, or None, broadcast to."""
+  shapes = [np.shape(x) for x in data if x is not None]
+  if not shapes:
+    raise TypeError(
+      "`Mask` needs the data, for their shape: at least one array after"
+      " `axis`, as in Mask(where, axis, predictions, targets)."
+    )
+  try:
+    return jnp.broadcast_shapes(*shapes)
+  except ValueError:
+    raise ValueError(
+      f"The data have the shapes {' and '.join(map(str, shapes))}, which do"
+      " not broadcast."
+    ) from None
 
 
 def _broadcast_with_examples(shape: Shape, given: Shape, axes: Axes) -> Shape:

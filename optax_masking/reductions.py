@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._classes import Array, Shape, select, without
+from optax_masking._classes import Array, Shape, broadcasts, select, without
 from optax_masking._mask import (
   Axis,
   Mask,
@@ -464,7 +464,7 @@ class _Terms:
     if given is None:
       return _over(axis_name, self.count(dtype).astype(dtype))
     x = _real("denominator", given)
-    if not _broadcasts(x.shape, self.result_shape):
+    if not broadcasts(x.shape, self.result_shape):
       raise ValueError(
         f"`denominator` has shape {x.shape}, but must broadcast to"
         f" {self.result_shape}, the shape {self.shape} of `values` without the"
@@ -545,12 +545,6 @@ def _check_not_negative(weights: jax.Array) -> None:
       f"`weights` must not be negative, but {given.min()} is among those that"
       " are included. Mask what is not to count, with `where`."
     )
-
-
-def _broadcasts(shape: Shape, to: Shape) -> bool:
-  return len(shape) <= len(to) and all(
-    s in (1, t) for s, t in zip(reversed(shape), reversed(to), strict=False)
-  )
 
 
 def _most() -> int:

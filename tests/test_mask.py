@@ -101,13 +101,50 @@ def test_transformations():
 
 def test_result_of_another_shape():
   mask = optax.Mask(WHERE, -1, X)
-  for result, expected in ((mask.out, r"\(4,\)"), (mask.sum, r"\(4, 5\)")):
-    with pytest.raises(
-      ValueError,
-      match=r"returned the shape \(\) for data of shape \(4, 5\), not "
-      + expected,
-    ):
-      result(jnp.zeros(()))
+  with pytest.raises(ValueError) as error:
+    mask.out(jnp.zeros(()))
+  assert str(error.value) == (
+    "`Mask.out` was given the shape (), but for data of shape (4, 5), of which"
+    " `axis` reduces (1,), it takes (4,) or (4, 5)."
+  )
+  with pytest.raises(ValueError) as error:
+    mask.sum(jnp.zeros(4))
+  assert str(error.value) == (
+    "`Mask.sum` was given the shape (4,), but takes that of the data, (4, 5)."
+  )
+
+
+def test_no_data():
+  """Only a mask needs them."""
+  for data in ((), (None,)):
+    with pytest.raises(TypeError, match="`Mask` needs the data, for their sh"):
+      optax.Mask(WHERE, -1, *data, examples=LABELS)
+    assert optax.Mask(None, -1, *data).sum(X[0]) == X[0].sum()
+
+
+def test_argument_of_another_shape():
+  """The error has the name and the shapes that the caller has."""
+  with pytest.raises(ValueError) as error:
+    optax.Mask(WHERE, -1, X, X[:3], 1.0)
+  assert str(error.value) == (
+    "The data have the shapes (4, 5) and (3, 5) and (), which do not broadcast."
+  )
+  mask = optax.Mask(WHERE[:, :1], -1, X)
+  for fill in (0.0, optax.fills.far_below):
+    for x in (X[:3], X.T, X[None], np.ones((4, 7), "float32")):
+      with pytest.raises(ValueError) as error:
+        mask(x, fill, "targets")
+      assert str(error.value) == (
+        f"`targets` has shape {x.shape}, but must broadcast to that of the"
+        " data, (4, 5)."
+      )
+  for labels in (LABELS[:3], LABELS[:, None], np.ones((4, 4), int)):
+    with pytest.raises(ValueError) as error:
+      mask.example(labels, 0, "labels")
+    assert str(error.value) == (
+      f"`labels` has shape {labels.shape}, but for data of shape (4, 5), of"
+      " which `axis` reduces (1,), it must broadcast to (4,)."
+    )
 
 
 def test_examples_of_another_rank():

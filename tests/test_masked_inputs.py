@@ -304,14 +304,20 @@ class DecoratorTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (lambda x: jnp.sum(x), r"\(\)", r"\(4, 5\)"),
+    (lambda x: jnp.sum(x, -1), r"\(4,\)", r"\(4, 5\)"),
     (lambda x, axis=-1: x[:3], r"\(3, 5\)", r"\(4,\)"),
     (lambda x, axis=-1: jnp.mean(x), r"\(\)", r"\(4,\)"),
   )
   def test_loss_of_the_wrong_shape(self, loss, got, expected):
     """A mean over a batch can't be masked from outside: no guess is made."""
+    rule = "reduces the `axis` that it declares, and no other."
+    if "axis" not in inspect.signature(loss).parameters:
+      rule = "that reduces an axis declares it in its signature: `axis=-1`."
     with self.assertRaisesRegex(
       ValueError,
-      f"returned the shape {got} for data of shape .4, 5., not {expected}",
+      f"The loss returned the shape {got} for data of shape .4, 5., not"
+      f" {expected}. A loss {rule} One that returns another shape makes a"
+      " `Mask` in its body.",
     ):
       optax.masked_inputs(x=0.0)(loss)(X, where=WHERE)
 
