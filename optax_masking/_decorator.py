@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping
@@ -84,7 +85,8 @@ def masked_inputs(
       parentheses of ``@masked_inputs(...)`` are missing.
     ValueError: From the decorated loss, if ``axis`` is out of range or
       repeated, if ``where`` has none of the accepted shapes or fits in two
-      ways, or if the loss returns a shape that ``axis`` does not explain.
+      ways, or if the loss returns a shape that ``axis`` does not explain; from
+      the decorator, if a fill is not finite.
 
   Examples:
     A loss of your own. At a fill of 0 and 0 the error is 0:
@@ -255,6 +257,11 @@ def _check_fills(loss: Callable[..., Any], fills: Mapping[str, Any]) -> None:
       raise TypeError(
         f"The fill of `{name}` must be a number, a `PerExample` or a"
         f" function, not {number!r}."
+      )
+    if not (callable(number) or math.isfinite(number)):
+      raise ValueError(
+        f"The fill of `{name}` must be finite, not {number!r}: the derivative"
+        " of a loss would be NaN."
       )
 
 

@@ -194,6 +194,14 @@ class DecoratorTest(parameterized.TestCase):
         " function, not None.",
       ):
         optax.masked_inputs(predictions=fill)(loss)
+    for number in (jnp.nan, np.float32("inf"), -float("inf")):
+      for fill in (number, optax.fills.PerExample(number)):
+        with self.assertRaisesWithLiteralMatch(
+          ValueError,
+          f"The fill of `predictions` must be finite, not {number!r}: the"
+          " derivative of a loss would be NaN.",
+        ):
+          optax.masked_inputs(predictions=fill)(loss)
 
   def test_loss_that_reads_values(self):
     """It can't be traced to see whether it broadcasts, and need not be."""
