@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_masking._classes import without
-from optax_masking._decorator import P, R, argument_getter, raise_as_unmasked
+from optax_masking._decorator import (
+  P,
+  R,
+  argument_getter,
+  bound_arguments,
+  raise_as_unmasked,
+)
 from optax_masking._mask import (
   boolean,
   canonicalize_axes,
@@ -65,8 +71,7 @@ def compiled(*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def call(*args: Any, **kwargs: Any) -> Any:
       if where_of(args, kwargs) is None:
         return loss(*args, **kwargs)
-      bound = signature.bind(*args, **kwargs)
-      bound.apply_defaults()
+      bound = bound_arguments(signature, loss, args, kwargs)
       arguments = dict(bound.arguments)
       try:
         arguments["where"] = boolean(arguments["where"])

@@ -6,7 +6,7 @@ import inspect
 import math
 import numbers
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import jax
@@ -155,15 +155,17 @@ def masked_inputs(
       inner = inspect.BoundArguments(undecorated, given)
       return loss(*inner.args, **inner.kwargs)
 
+    def unmasked(*args: Any, **kwargs: Any) -> Any:
+      kwargs = {n: x for n, x in kwargs.items() if n not in added}
+      return loss(*args, **kwargs)
+
     @functools.wraps(loss)
     def masked_loss(*args: Any, **kwargs: Any) -> Any:
       where, axis = where_of(args, kwargs), axis_of(args, kwargs)
       sums = elementwise and not _is_empty(axis)
       if where is None and not sums:
-        kwargs = {n: x for n, x in kwargs.items() if n not in added}
-        return loss(*args, **kwargs)
-      call = signature.bind(*args, **kwargs)
-      call.apply_defaults()
+        return unmasked(*args, **kwargs)
+      call = bound_arguments(signature, unmasked, args, kwargs)
       if where is None:
         return Mask(None, axis).sum(evaluate(call))
       given = {n: call.arguments[n] for n in fills}
@@ -224,6 +226,21 @@ def raise_as_unmasked(unmasked_call: Callable[[], Any]) -> None:
   """Raises the error, if any, that a call raises without its mask."""
   with contextlib.suppress(jax.errors.ConcretizationTypeError):
     jax.eval_shape(unmasked_call)
+
+
+def bound_arguments(
+  signature: inspect.Signature,
+  loss: Callable[..., Any],
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+) -> inspect.BoundArguments:
+  """Binds a call. One that does not fit is refused by the loss, in its name."""
+  with contextlib.suppress(TypeError):
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound
+  loss(*args, **kwargs)
+  raise AssertionError("A loss took arguments that its signature does not.")
 
 
 def _is_array(x: Any, parameter: inspect.Parameter) -> bool:

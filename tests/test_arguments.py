@@ -460,6 +460,22 @@ def test_no_classes(case, dtype):
       assert_equal(got, 0)
 
 
+@pytest.mark.parametrize(
+  "name", ["hinge_loss", "softmax_cross_entropy", "kl_divergence"]
+)
+def test_calls_that_do_not_fit(name):
+  """Python's own errors, with the name of the function."""
+  x = jnp.ones(SHAPE)
+  loss = getattr(optax.losses, name)
+  for arguments, keywords in (((x, x), {"axs": 1}), ((x,), {}), ((), {})):
+    got = error_of(loss, *arguments, **keywords, where=True)
+    expected = error_of(loss, *arguments, **keywords)
+    assert type(got) is type(expected) is TypeError
+    assert str(got) == str(expected)
+    assert str(got).startswith(f"{name}() ")
+    assert got.__context__ is None
+
+
 def test_python_scalars():
   """Where Optax takes none, nor does a mask."""
   for arguments in ((0.5, 1.0), (0.5, jnp.array(1.0))):

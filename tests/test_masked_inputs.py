@@ -298,6 +298,15 @@ class DecoratorTest(parameterized.TestCase):
           rtol=1e-6,
         )
 
+  def test_misspelt_keyword(self):
+    """Python's own error, with the name of the function."""
+    for axis in ((), -1):
+      for where in (None, WHERE):
+        with self.assertRaisesRegex(
+          TypeError, r"absolute_error\(\) got an .* argument 'axs'"
+        ):
+          absolute_error(X, Y, axis=axis, where=where, axs=1)
+
   def test_masked_twice(self):
     """A masked loss may be masked again."""
     again = optax.masked_inputs(logits=0.0, labels=0.5)(
