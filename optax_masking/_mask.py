@@ -77,15 +77,16 @@ Axis = int | tuple[int, ...] | None
 Where = jax.typing.ArrayLike | Sequence[Any] | None
 
 
-@dataclasses.dataclass(frozen=True, init=False, eq=False)
+@dataclasses.dataclass(frozen=True, init=False, eq=False, match_args=False)
 class Mask:
   """The elements that ``where`` includes of the data of one call of a loss.
 
-  A loss that needs more than :func:`masked_inputs` makes a mask, fills its
-  arguments with it, and has it zero the result. With ``where=None`` each method
-  returns its argument as it is, so that the loss is the program that it was.
-  A mask is made where it is used: it holds the shapes of one call, and is no
-  argument of ``jit`` or ``vmap``.
+  A loss that needs more than :func:`masked_inputs` makes a mask, fills each
+  argument with it, computes, and ends with :meth:`sum` or :meth:`out`, which
+  zero the result. A mean divides by ``jnp.maximum(mask.count(), 1)``. With
+  ``where=None`` each of these returns its argument as it is, so that the loss
+  is the program that it was. A mask is made where it is used: it holds the
+  shapes of one call, and is no argument of ``jit`` or ``vmap``.
 
   Attributes:
     where: The mask, with the rank of the data and broadcastable to them, or
@@ -95,11 +96,24 @@ class Mask:
     shape: The shape of the data; ``()`` without a mask.
 
   Examples:
-    The probability that a classifier gives to all but the class of an example:
+    The mean absolute error of each example. At a fill of 0 and 0 it is 0:
 
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import optax_masking as optax
+    >>> def mean_absolute_error(predictions, targets, axis=-1, where=None):
+    ...   mask = optax.Mask(where, axis, predictions, targets)
+    ...   x, y = mask(predictions, 0.0), mask(targets, 0.0)
+    ...   total = mask.sum(jnp.abs(x - y))
+    ...   return total / jnp.maximum(mask.count(), 1)
+    >>> print(mean_absolute_error(
+    ...     jnp.array([[1.0, 2.0, jnp.nan], [jnp.nan, jnp.nan, jnp.nan]]),
+    ...     jnp.zeros((2, 3)),
+    ...     where=jnp.array([[True, True, False], [False, False, False]])))
+    [1.5 0. ]
+
+    The probability that a classifier gives to all but the class of an example:
+
     >>> def improbability(logits, labels, axis=-1, where=None):
     ...   mask = optax.Mask(where, axis, logits, examples=labels)
     ...   mask = mask.with_class(labels)
@@ -118,6 +132,7 @@ class Mask:
   axes: Axes
   shape: Shape
   _axis: Axis = dataclasses.field(repr=False)
+  _data: tuple[Any, Any] = dataclasses.field(repr=False)  # And the examples.
 
   def __init__(
     self,
@@ -148,14 +163,11 @@ class Mask:
     """
     fields = vars(self)  # A frozen class refuses assignments.
     fields.update(where=None, axes=(), shape=(), _axis=axis)
+    fields.update(_data=(data, examples))
     if where is None:
       return
     mask = boolean(where)
-    shape = _shape_of_data(data)
-    axes = canonicalize_axes(axis, shape)
-    for x in examples if isinstance(examples, tuple) else (examples,):
-      if x is not None:
-        shape = _broadcast_with_examples(shape, np.shape(x), axes)
+    axes, shape = _axes_and_shape(axis, data, examples)
     new = axes_to_insert(
       "where", mask.shape, shape, axes, refuse_ambiguous_where
     )
@@ -240,6 +252,23 @@ class Mask:
     if any(self.shape[a] == 0 for a in self.axes):  # `where` may have size 1.
       return jnp.zeros(without(self.where.shape, self.axes), bool)
     return jnp.any(self.where, self.axes)
+
+  def count(self) -> jax.Array:
+    """The number of included elements of each example.
+
+    Returns:
+      Integers, with the shape of the data without ``axis``; 0 or 1 for each
+      element if ``axis`` is ``()``. Without a mask, all elements are included.
+    """
+    if self.where is None:
+      axes, shape = _axes_and_shape(self._axis, *self._data)
+      size = math.prod(shape[a] for a in axes)
+      return jnp.full(without(shape, axes), size, int)
+    sizes = zip(self.where.shape, self.shape, strict=True)
+    repeats = [s if w == 1 else 1 for w, s in sizes]
+    count = jnp.sum(self.where, self.axes, dtype=int)
+    count *= math.prod(repeats[a] for a in self.axes)
+    return jnp.broadcast_to(count, without(self.shape, self.axes))
 
   def with_class(self, labels: Any) -> "Mask":
     """A mask without the examples whose own class is masked.
@@ -510,6 +539,18 @@ def _indexed(new_axes: Axes, rank: int) -> str:
     return f"[{', '.join(['...'] + ['None'] * len(new_axes))}]"
   index = ["None" if a in new_axes else ":" for a in range(kept[-1] + 1)]
   return f"[{', '.join(index)}]"
+
+
+def _axes_and_shape(
+  axis: Axis, data: Sequence[Any], examples: Any
+) -> tuple[Axes, Shape]:
+  """The reduced axes, and the shape of the data and the examples."""
+  shape = _shape_of_data(data)
+  axes = canonicalize_axes(axis, shape)
+  for x in examples if isinstance(examples, tuple) else (examples,):
+    if x is not None:
+      shape = _broadcast_with_examples(shape, np.shape(x), axes)
+  return axes, shape
 
 
 def _shape_of_data(data: Sequence[Any]) -> Shape:

@@ -169,5 +169,8 @@ def test_docstring(name):
   run_examples(doc, name)
 
 
-def test_docstring_of_running_mean():
-  run_examples(inspect.getdoc(optax.reductions.RunningMean), "RunningMean")
+@pytest.mark.parametrize(
+  "described", [optax.Mask, optax.reductions.RunningMean]
+)
+def test_docstring_of_class(described):
+  run_examples(inspect.getdoc(described), described.__name__)

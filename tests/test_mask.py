@@ -1,5 +1,7 @@
 """`Mask` itself, in losses of one's own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,56 @@ def test_without_a_mask():
   plain = jax.make_jaxpr(abs)(X)
   assert str(jax.make_jaxpr(error)(X)) == str(plain)
   assert_equal(mask.any, True)
+
+
+def mean_absolute_error(predictions, targets, axis=-1, where=None):
+  """As in the docstring."""
+  mask = optax.Mask(where, axis, predictions, targets)
+  x, y = mask(predictions, 0.0), mask(targets, 0.0)
+  total = mask.sum(jnp.abs(x - y))
+  return total / jnp.maximum(mask.count(), 1)
+
+
+ROWS = np.array([True, False, True, False])
+
+
+@pytest.mark.parametrize(
+  "where", [None, WHERE, ROWS, ROWS[:, None], WHERE[:1], True, False]
+)
+def test_count(where):
+  """Of masks of each shape, and without one."""
+  included = np.ones(X.shape, bool)
+  if where is not None:
+    full = where if np.ndim(where) != 1 else where[:, None]
+    included &= full
+  x, y = np.where(included, X, np.nan), np.ones_like(X)
+  axes = (-1, 0, (0, 1), None, ())
+  for axis in axes[:1] if np.ndim(where) == 1 else axes:
+    mask = optax.Mask(where, axis, x, y)
+    expected = included.sum(axis)
+    assert mask.count().shape == expected.shape
+    assert mask.count().dtype == jnp.asarray(0).dtype
+    np.testing.assert_array_equal(mask.count(), expected)
+    np.testing.assert_array_equal(jax.jit(mask.count)(), expected)
+    mean = np.where(included, abs(X - 1), 0).sum(axis) / expected.clip(1)
+    loss = functools.partial(mean_absolute_error, x, y, axis, where)
+    assert_close(loss(), mean, "float32")
+    assert_close(jax.jit(loss)(), mean, "float32")
+
+
+def test_count_of_other_shapes():
+  """Of data that broadcast, of examples alone, of classes and of nothing."""
+  for where in (None, True, [[True]]):
+    mask = optax.Mask(where, 1, X[:1], 1.0, None, examples=LABELS)
+    np.testing.assert_array_equal(mask.count(), [5] * 4)
+    np.testing.assert_array_equal(
+      optax.Mask(where, -1, X[:, :0]).count(), [0] * 4
+    )
+  mask = optax.Mask(WHERE, -1, X, examples=LABELS).with_class(LABELS)
+  kept = WHERE[np.arange(4), LABELS]
+  np.testing.assert_array_equal(mask.count(), WHERE.sum(-1) * kept)
+  with pytest.raises(ValueError, match="axis 2 is out of range"):
+    optax.Mask(None, 2, X).count()
 
 
 def test_with_class_is_another_mask():
