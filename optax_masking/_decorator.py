@@ -1,5 +1,7 @@
 """The decorator that gives a loss `axis` and `where` by filling arguments."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import inspect

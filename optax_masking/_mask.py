@@ -46,6 +46,8 @@ filled arguments, and of `make_fenchel_young_loss`. It takes no mask of another
 loss.
 """
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import math
@@ -270,7 +272,7 @@ class Mask:
     count *= math.prod(repeats[a] for a in self.axes)
     return jnp.broadcast_to(count, without(self.shape, self.axes))
 
-  def with_class(self, labels: Any) -> "Mask":
+  def with_class(self, labels: Any) -> Mask:
     """A mask without the examples whose own class is masked.
 
     Args:
@@ -284,7 +286,7 @@ class Mask:
     included = class_is_included(classes, self.where, self.shape, self.axes)
     return self.with_where(self.where & included)
 
-  def with_where(self, where: jax.Array) -> "Mask":
+  def with_where(self, where: jax.Array) -> Mask:
     """The mask of the same data with another array.
 
     Args:

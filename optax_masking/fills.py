@@ -8,6 +8,8 @@ Each is called with an argument `x`, the mask `where` and the reduced `axes`.
 * `PerExample(number)` is for an argument with one entry an example.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable

@@ -5,6 +5,8 @@ each has its own number of included elements. Here numerators are added up, and
 denominators are, before one is divided by the other.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -292,7 +294,7 @@ class RunningMean(NamedTuple):
   @classmethod
   def empty(
     cls, shape: Shape = (), dtype: jax.typing.DTypeLike = "float32"
-  ) -> "RunningMean":
+  ) -> RunningMean:
     """What an epoch begins with, of which the mean is 0.
 
     Args:
@@ -319,7 +321,7 @@ class RunningMean(NamedTuple):
     weights: jax.typing.ArrayLike | None = None,
     denominator: jax.typing.ArrayLike | None = None,
     axis_name: AxisName = None,
-  ) -> "RunningMean":
+  ) -> RunningMean:
     """Adds the values of a step.
 
     Of a step of which only the mean and the count are known, give the mean as
@@ -363,7 +365,7 @@ class RunningMean(NamedTuple):
       RunningMean(numerator, jnp.broadcast_to(count, zero.shape), zero, zero)
     )
 
-  def merge(self, other: "RunningMean") -> "RunningMean":
+  def merge(self, other: RunningMean) -> RunningMean:
     """Adds what another state has seen, of other steps or another device.
 
     Args:

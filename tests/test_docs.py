@@ -5,9 +5,11 @@ import doctest
 import importlib.metadata
 import inspect
 import pathlib
+import pydoc
 import re
 import subprocess
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +169,18 @@ def test_docstring(name):
   )
   assert documented == list(inspect.signature(function).parameters)
   run_examples(doc, name)
+
+
+def test_help_has_names_of_types():
+  """Not the unions that they stand for; which tools still find."""
+  described = [getattr(optax.losses, name) for name in MASKED]
+  described += [optax.losses.make_fenchel_young_loss(jax.nn.logsumexp)]
+  for module in (optax.fills, optax.reductions):
+    described += [getattr(module, name) for name in module.__all__]
+  for function in (*described, optax.masked_inputs, optax.Mask):
+    assert "jaxlib" not in pydoc.render_doc(function), function
+    assert typing.get_type_hints(function) or inspect.isclass(function)
+  assert "__match_args__" not in pydoc.render_doc(optax.Mask)
 
 
 @pytest.mark.parametrize(

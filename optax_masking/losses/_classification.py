@@ -1,5 +1,7 @@
 """Classification losses."""
 
+from __future__ import annotations
+
 import functools
 import warnings
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Ranking losses."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import jax

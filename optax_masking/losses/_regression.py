@@ -1,5 +1,7 @@
 """Regression losses."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

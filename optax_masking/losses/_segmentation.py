@@ -1,5 +1,7 @@
 """Segmentation losses."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 

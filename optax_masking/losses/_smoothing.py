@@ -1,5 +1,7 @@
 """Smoothing of labels."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 

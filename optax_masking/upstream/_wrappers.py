@@ -173,7 +173,7 @@ def engine_module_text(names: Iterable[str]) -> str:
   ]
   assert len(defined) == len(set(defined)), "Two parts define one name."
   kept = definitions_needed(list(statements), names)
-  used = names_in(*kept)
+  used = names_in(*kept) | {"annotations"}  # `from __future__`.
   imports = {
     statement
     for part in parts
