@@ -26,7 +26,7 @@ class Fault:
     name: The name of the function.
     loss: The function.
     args: Its positional arguments.
-    where: Its mask.
+    where: Its mask, as an array, by its name or as a function.
     clauses: The report has to name at least one of these clauses.
     argument: The argument that the report has to name, None if it is the mask
       or a denominator that is wrong.
@@ -36,7 +36,7 @@ class Fault:
   name: str
   loss: Callable[..., Any]
   args: tuple[Any, ...]
-  where: np.ndarray
+  where: Any
   clauses: tuple[str, ...]
   argument: str | None
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -50,37 +50,42 @@ class Correct:
     name: The name of the function.
     loss: The function.
     args: Its positional arguments.
-    where: Its mask.
+    where: Its mask, as an array, by its name or as a function.
     options: Further keywords of the check, or of the loss.
+    untried: The clauses that can't be tried on it, and have to be reported so.
+    note: A part of a note that the report has to have.
   """
 
   name: str
   loss: Callable[..., Any]
   args: tuple[Any, ...]
-  where: np.ndarray
+  where: Any
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  untried: tuple[str, ...] = ()
+  note: str = ""
 
 
 FAULTS: list[Fault] = []
 CORRECT: list[Correct] = []
 
 
-def fault(args, where, clauses, argument=None, **options):
-  """Adds the decorated loss to `FAULTS`."""
+def fault(args, where, clauses, argument=None, *, table=FAULTS, **options):
+  """Adds the decorated loss to `FAULTS`, or to another table."""
 
   def add(loss):
     name = loss.__name__
-    FAULTS.append(Fault(name, loss, args, where, clauses, argument, options))
+    table.append(Fault(name, loss, args, where, clauses, argument, options))
     return loss
 
   return add
 
 
-def correct(args, where, **options):
-  """Adds the decorated loss to `CORRECT`."""
+def correct(args, where, *, table=CORRECT, untried=(), note="", **options):
+  """Adds the decorated loss to `CORRECT`, or to another table."""
 
   def add(loss):
-    CORRECT.append(Correct(loss.__name__, loss, args, where, options))
+    name = loss.__name__
+    table.append(Correct(name, loss, args, where, options, untried, note))
     return loss
 
   return add

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import planted_faults
+import planted_steps
 import pytest
 from absl.testing import absltest, parameterized
 
@@ -25,6 +26,11 @@ def check(row, **options):
   return testing.check_mask_safe(
     row.loss, *row.args, where=row.where, **{**row.options, **options}
   )
+
+
+def check_briefly(row):
+  """A check that takes a second, of what the row does not leave out."""
+  return check(row, **{**planted_steps.BRIEF, **row.options})
 
 
 def select_after(predictions, targets, where):
@@ -56,6 +62,44 @@ QUICK_FAULTS: dict[str, dict] = {
 }
 QUICK_CORRECT = ("cross_entropy_of_integer_labels", "sum_in_float32")
 
+# One loss of each kind of training code: short checks of all take minutes.
+BRIEF_FAULTS = (
+  "rectangle_of_tokens",
+  "marked_labels_over_all_tokens",
+  "missing_targets_selected_at_the_end",
+  "inputs_not_masked",
+  "smoothness_of_neighbours",
+  "dropout_without_masked_targets",
+)
+BRIEF_CORRECT = (
+  "mean_of_a_column",
+  "mean_of_tokens",
+  "mask_of_tokens_with_an_axis_of_one",
+  "channels_first",
+  "without_the_first_token",
+  "weights_of_marked_labels",
+  "loop_up_to_the_last_step",
+  "mask_first",
+  "keyword_only_mask",
+  "positional_only_mask_in_the_middle",
+  "partial_with_a_mask_in_the_middle",
+  "next_token_of_each_sequence",
+  "attention_with_infinite_fill",
+  "largest_error",
+  "nanmean_of_rows",
+  "step_of_a_dataclass",
+  "mask_beside_the_batch",
+  "step_with_a_float_mask",
+  "parameters_by_another_name",
+  "loss_of_each_token",
+  "step_with_a_loss_inside",
+  "step_with_marked_labels",
+  "loss_of_marked_labels",
+  "step_with_lengths",
+  "step_with_missing_targets",
+  "step_with_an_embedding",
+)
+
 
 def named_rows(rows, names=None):
   return [(row.name, row) for row in rows if not names or row.name in names]
@@ -69,21 +113,32 @@ class PlantedFaultsTest(parameterized.TestCase):
   def test_fault(self, row):
     self.check_fault(row, **QUICK_FAULTS[row.name])
 
-  @parameterized.named_parameters(named_rows(planted_faults.FAULTS))
+  @parameterized.named_parameters(
+    named_rows(planted_faults.FAULTS + planted_steps.FAULTS)
+  )
   @pytest.mark.nightly
   def test_fault_in_full(self, row):
     self.check_fault(row)
 
+  @parameterized.named_parameters(
+    named_rows(planted_steps.FAULTS, BRIEF_FAULTS)
+  )
+  def test_fault_of_a_step(self, row):
+    self.check_found(row, check_briefly(row))
+
   def check_fault(self, row, **options):
+    self.check_found(row, check(row, **options))
+
+  def check_found(self, row, report):
     """Each fault is found, with its clause and its argument."""
-    report = check(row, **options)
     found = [f for f in report.findings if f.clause in row.clauses]
     self.assertTrue(found, f"{row.clauses} kept: {report.clauses}\n{report}")
     message = str(report)
     self.assertRegex(message, "|".join(f"\n{c}: " for c in row.clauses))
     if row.argument is not None:
-      arguments = [str(f.argument).split("[")[0] for f in found]
-      self.assertIn(row.argument, arguments + [f.wrt for f in found], message)
+      named = [f.argument for f in found] + [f.wrt for f in found]
+      whole = [str(name).split("[")[0] for name in named]
+      self.assertIn(row.argument, named + whole, message)
       self.assertIn(f"`{row.argument}", message)
 
   @parameterized.named_parameters(
@@ -102,20 +157,45 @@ class PlantedFaultsTest(parameterized.TestCase):
   def test_other_correct(self, row):
     self.check_correct(row)
 
+  @parameterized.named_parameters(named_rows(planted_steps.CORRECT))
+  @pytest.mark.nightly
+  def test_correct_step_in_full(self, row):
+    self.check_correct(row)
+
+  @parameterized.named_parameters(
+    named_rows(planted_steps.CORRECT, BRIEF_CORRECT)
+  )
+  def test_correct_step(self, row):
+    self.check_kept(row, check_briefly(row))
+
   def check_correct(self, row):
+    self.check_kept(row, check(row))
+
+  def check_kept(self, row, report):
     """Nothing is found where nothing is wrong."""
-    report = testing.assert_mask_safe(
-      row.loss, *row.args, where=row.where, **row.options
-    )
-    self.assertTrue(report.ok)
-    for clause in ("accepts", "invariance", "zero_gradient", "empty"):
+    self.assertTrue(report.ok, report)
+    for clause in {"accepts", "invariance", "zero_gradient", "empty"} - {
+      *row.untried
+    }:
       self.assertEqual(report.clauses[clause], "kept", clause)
+    self.assertContainsSubset(row.untried, report.untried)
+    self.assertIn(row.note, " ".join(report.notes))
 
   def test_few(self):
     """The quick faults break each clause."""
     faults = {row.name: row.clauses for row in planted_faults.FAULTS}
     clauses = {faults[name][0] for name in QUICK_FAULTS}
     self.assertEqual(clauses, {*testing.CLAUSES})
+
+  def test_as_many_are_correct(self):
+    """Alarms at right losses are looked for as much as faults are."""
+    faults = planted_faults.FAULTS + planted_steps.FAULTS
+    right = planted_faults.CORRECT + planted_steps.CORRECT
+    self.assertGreaterEqual(len(right), len(faults))
+    names = [row.name for row in (*faults, *right)]
+    self.assertLen({*names}, len(names))
+    ranks = {np.ndim(row.where) for row in right if hasattr(row.where, "ndim")}
+    self.assertContainsSubset({1, 2, 3, 4}, ranks)
 
 
 class FindingTest(parameterized.TestCase):
@@ -222,6 +302,71 @@ class FindingTest(parameterized.TestCase):
     fields = {f.name for f in dataclasses.fields(testing.Finding)}
     for finding in data["findings"]:
       self.assertEqual(finding.keys(), fields | {"key"})
+
+
+@pytest.mark.slow
+class NotesTest(parameterized.TestCase):
+  """What a report says of what is no finding, or of a fault that is common."""
+
+  def test_untried_clauses(self):
+    """A clause that can't be tried is a failure in a strict check alone."""
+    rows = {row.name: row for row in planted_steps.CORRECT}
+    report = check_briefly(rows["dropout"])
+    self.assertTrue(report.ok)
+    self.assertIn("random numbers", report.untried["compaction"])
+    self.assertIn("1 could not be tried", str(report))
+    row = rows["dropout"]
+    with self.assertRaisesRegex(AssertionError, "compaction: .*random numbers"):
+      testing.assert_mask_safe(
+        row.loss,
+        *row.args,
+        where=row.where,
+        strict=True,
+        **planted_steps.BRIEF,
+      )
+
+  def test_gradients_that_are_nan_without_a_mask(self):
+    """They are a note, and a failure in a strict check."""
+
+    def cosine(predictions, targets, where):
+      p, t = (jnp.where(where[:, None], x, 1) for x in (predictions, targets))
+      norms = jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(t, axis=-1)
+      return jnp.where(where, jnp.sum(p * t, -1) / jnp.maximum(norms, 0.01), 0)
+
+    predictions = np.array(PREDICTIONS)
+    predictions[2] = 0  # Its norm has no gradient.
+    arguments = (cosine, predictions, TARGETS)
+    options = {"where": planted_faults.EXAMPLES, **GRADIENTS}
+    report = testing.assert_mask_safe(*arguments, **options)
+    (note,) = report.notes
+    self.assertRegex(note, r"gradient.*`predictions` at \[2, 0\] is nan")
+    self.assertIn("The mask is not at fault.", note)
+    with self.assertRaisesRegex(AssertionError, "Note: With everything"):
+      testing.assert_mask_safe(*arguments, strict=True, **options)
+
+  def test_denominator(self):
+    """A broken compaction names the denominator that was used."""
+    (row,) = (r for r in planted_steps.FAULTS if r.name == "mean_of_all_tokens")
+    report = check(row, masks=("given",), **GRADIENTS)
+    self.assertEqual({f.clause for f in report.findings}, {"compaction"})
+    message = " ".join(str(report).split())
+    self.assertIn(
+      "It is divided by the number of all elements, 12, and not of the included"
+      " ones, 6.",
+      message,
+    )
+
+  def test_masks_of_padding(self):
+    """The report on a loss for padded sequences proposes their masks."""
+    (row,) = (r for r in planted_steps.CORRECT if r.name == "next_token")
+    report = testing.check_mask_safe(
+      row.loss, *row.args, where=row.where, **planted_steps.BRIEF
+    )
+    self.assertFalse(report.ok)
+    self.assertIn("masks=('padded',)", " ".join(report.notes))
+    report = check(row, **GRADIENTS)
+    self.assertTrue(report.ok)
+    self.assertEmpty(report.notes)
 
 
 @pytest.mark.slow
@@ -344,7 +489,10 @@ class OptionsTest(parameterized.TestCase):
     report = testing.check_mask_safe(of_features, square, **options)
     self.assertFalse(report.ok)
     testing.assert_mask_safe(
-      of_features, square, axes={"where": (1,)}, **options
+      of_features,
+      square,
+      axes={"predictions": (None, 0), "return": (None,)},
+      **options,
     )
 
   def test_padding_need_not_be_clean(self):
@@ -501,6 +649,27 @@ class ArgumentsTest(parameterized.TestCase):
       return jnp.where(margins > 0, margins, 0)
 
     self.assertEqual(self.clauses(hinge, PREDICTIONS), [])
+
+  @parameterized.parameters((np.asarray, np.ndarray), (jnp.asarray, jax.Array))
+  def test_kinds_of_arrays(self, convert, kind):
+    """A loss by itself has arrays of the library that was given."""
+    seen = []
+
+    def record(predictions, labels, where):
+      given = (predictions, labels, where)
+      if not any(isinstance(x, jax.core.Tracer) for x in given):
+        seen.append([isinstance(x, kind) for x in given])
+      return jnp.where(where, predictions, 0) * (labels[:, None] > 0)
+
+    arrays = map(convert, (PREDICTIONS, planted_faults.INDEX))
+    found = self.clauses(
+      record, *arrays, where=convert(ELEMENTS), transforms=("eager", "jit")
+    )
+    self.assertEqual(found, [])
+    self.assertEqual(seen[0], [True] * 3)
+    for each in seen:  # Those of NumPy are JAX's to be differentiated.
+      self.assertLen({*each}, 1)
+      self.assertTrue(each[0] or kind is np.ndarray)
 
   def test_axes_of_the_result(self):
     def moved(predictions, where):
@@ -661,6 +830,68 @@ class UsageTest(parameterized.TestCase):
   )
   def test_options(self, options, error, text):
     self.check_raises(error, text, **options)
+
+  @parameterized.parameters(
+    (
+      {"where": "batch['weights']"},
+      TypeError,
+      r"`batch\['weights'\]` must be boolean, but has dtype float32",
+    ),
+    (
+      {"where": lambda batch: batch["weights"]},
+      TypeError,
+      r"`where\(\.\.\.\)` must be boolean, but has dtype float32",
+    ),
+    (
+      {"where": "batch['weights']", "numeric_where": True},
+      ValueError,
+      r"`batch\['weights'\]` may have zeros and ones, but has 0\.5",
+    ),
+    (
+      {"where": "batch['msk']"},
+      ValueError,
+      r"batch\['msk'\].*params\['w'\], batch\['mask'\], batch\['weights'\]",
+    ),
+    (
+      {"where": lambda lengths: lengths > 0},
+      ValueError,
+      "function of lengths, but the arguments of step are params, batch",
+    ),
+    (
+      {"where": "batch['mask']", "axes": {"batch['z']": None}},
+      ValueError,
+      r"batch\['z'\].*params\['w'\], batch\['weights'\], batch\['x'\]",
+    ),
+  )
+  def test_steps(self, options, error, text):
+    """Errors name the arrays as the caller does."""
+
+    def step(params, batch):
+      kept = jnp.where(batch["mask"][:, None], batch["x"], 0)
+      return jnp.sum(jnp.square(kept @ params["w"]))
+
+    batch = {
+      "x": planted_faults.VECTORS,
+      "mask": planted_faults.EXAMPLES,
+      "weights": np.array([1, 0, 0.5, 1], "float32"),
+    }
+    params = {"w": planted_faults.normal(1, 3)}
+    self.check_raises(error, text, step, (params, batch), **options)
+
+  def test_masks_by_name(self):
+    """The error about a dtype has the name of the parameter."""
+
+    def loss(predictions, mask):
+      return jnp.where(mask, predictions, 0)
+
+    self.check_raises(
+      TypeError,
+      "`mask` must be boolean, but has dtype float32.*`mask != 0`",
+      loss,
+      (PREDICTIONS,),
+      where=ELEMENTS.astype("float32"),
+      where_name="mask",
+    )
 
   def test_a_loss_that_raises_is_a_finding(self):
     def no_mask(predictions, targets):

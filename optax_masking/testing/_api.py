@@ -1,4 +1,4 @@
-"""The public functions that check a loss."""
+"""The checks as functions."""
 
 import contextlib
 import dataclasses
@@ -10,22 +10,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking.testing._case import (
+from optax_masking.testing._call import Call, name_of
+from optax_masking.testing._check import check, padded_masks_explain
+from optax_masking.testing._events import Log
+from optax_masking.testing._options import (
   DERIVATIVES,
   MASKS,
   TRANSFORMS,
   Axes,
-  MaskCase,
   Options,
-  Problem,
-  name_of,
+  narrowed,
 )
-from optax_masking.testing._checker import Checker, FindingLog
 from optax_masking.testing._report import Report
 
 
-def _dtype_and_shape(x: np.ndarray) -> str:
-  return f"{x.dtype}{list(x.shape)}"
+class MaskCase:
+  """A loss, its arguments, and the options of its check.
+
+  Args:
+    loss_fn: The loss.
+    *args: Its arguments.
+    where: Its mask.
+    name: The name in reports, by default that of the function.
+    **options: The other arguments of `assert_mask_safe`.
+
+  Examples:
+    >>> import numpy as np
+    >>> import optax_masking as optax
+    >>> from optax_masking.testing import MaskCase
+    >>> MaskCase(
+    ...     optax.squared_error, np.ones(3), np.zeros(3),
+    ...     where=np.array([True, True, False]))
+    MaskCase('squared_error')
+  """
+
+  def __init__(
+    self,
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    where: Any,
+    name: str | None = None,
+    **options: Any,
+  ):
+    self.loss_fn = loss_fn
+    self.args = args
+    self.where = where
+    self.name = name or name_of(loss_fn)
+    self.options = options
+
+  def __repr__(self) -> str:
+    return f"MaskCase({self.name!r})"
 
 
 @contextlib.contextmanager
@@ -81,21 +115,27 @@ def check_mask_safe(
   chosen = Options(**{k: v for k, v in options.items() if k in names})
   keywords = {k: v for k, v in options.items() if k not in names}
   start = time.perf_counter()
-  log = FindingLog(chosen.skip)
+  log, cases = Log(chosen), 0
   with (
     jax.debug_nans(False),
     jax.debug_infs(False),
     jax.disable_jit(False),
     np.errstate(all="ignore"),
   ):
+    call = Call(loss_fn, args, keywords, where, chosen)
     for dtype in chosen.dtypes or (None,):
       with _float64_for(dtype):
-        problem = Problem(loss_fn, args, keywords, where, chosen, dtype)
-        Checker(problem, log).run()
-  data = [f"{a.name} {_dtype_and_shape(a.value)}" for a in problem.arguments]
-  data.append(f"{chosen.where_name} {_dtype_and_shape(problem.where)}")
+        problem, count = check(call, dtype, log)
+        cases += count
+    if "padded" in chosen.masks and set(chosen.masks) - {"padded", "given"}:
+      note = padded_masks_explain(call, (chosen.dtypes or (None,))[0], log)
+      log.add([] if note is None else [note])
+  data = [
+    f"{a.name} {a.value.dtype}{list(a.value.shape)}" for a in problem.arguments
+  ]
+  data.append(f"{call.mask_name} bool{list(call.where.shape)}")
   return log.report(
-    name_of(loss_fn), time.perf_counter() - start, ", ".join(data)
+    call.name, cases, time.perf_counter() - start, ", ".join(data)
   )
 
 
@@ -104,9 +144,13 @@ def assert_mask_safe(
   *args: Any,
   where: Any,
   where_name: str = "where",
+  numeric_where: bool = False,
   axes: Mapping[str, Axes | None] | None = None,
+  output: Any = None,
+  has_aux: bool = False,
   reference: Callable[..., Any] | None = None,
   skip: Sequence[str] = (),
+  strict: bool = False,
   dtypes: Sequence[Any] | None = None,
   derivatives: Sequence[str] = DERIVATIVES,
   transforms: Sequence[str] = TRANSFORMS,
@@ -123,22 +167,30 @@ def assert_mask_safe(
   Hessian of the loss have to keep the clauses of the mask contract, `CLAUSES`.
 
   Args:
-    loss_fn: The loss: a function of arrays and a mask that returns one floating
-      array, of any shape.
+    loss_fn: The loss, or a training step's loss of parameters and a batch: a
+      function that returns one floating array, of any shape.
     *args: Its arguments, with realistic numbers. Small arrays of some rows and
-      columns are enough; large arrays take long. Arrays of JAX or NumPy, also
-      inside of dicts, lists and tuples, are the data. The check passes on
-      anything else as it is.
-    where: A mask that fits the data: boolean, True for included elements.
-    where_name: The keyword of the mask.
-    axes: For arguments whose shape is ambiguous, the axes of the data that
-      their axes are, by name: `{"weights": (1,)}` for an array with one entry a
-      class. An axis that the data lack is None; an array that no mask masks has
-      None instead of a tuple. The names `"where"` and `"return"` stand for the
-      mask and the result. By default an array of the data's rank has the axes
-      of the data, and an array of lower rank has their first axes, one entry an
-      example. An array that all examples share, such as a scalar or one entry a
-      class, is not masked.
+      columns are enough, and sizes that are all different show most. Arrays of
+      JAX or NumPy, also inside of dicts, tuples, dataclasses and modules, are
+      the data. The check passes on anything else as it is.
+    where: The mask, True for included elements, in one of three forms. An array
+      is passed to the loss as `where_name`. A string names the array among the
+      arguments that is the mask, `"batch['mask']"`. A function makes the mask
+      of arguments, `lambda batch: batch["labels"] != -100`, for a loss that
+      does so itself; the check changes the labels, or the lengths, to have
+      other masks.
+    where_name: The name of the parameter that is the mask.
+    numeric_where: Whether the loss takes a mask of zeros and ones, in the dtype
+      of the given one.
+    axes: The axis of the mask that each axis of an array is, by the name of the
+      array: `{"logits": (0, 1, None)}`, and None for an axis that the mask does
+      not have. An array, or a part of the arguments, that no mask masks has
+      None instead of a tuple: `{"params": None}`. `"return"` stands for the
+      result. By default an array has the axes of the mask first, or those of
+      its axes that have their sizes, and an argument named `params`, `model`,
+      `state` or `variables` is not masked.
+    output: The loss in what `loss_fn` returns: a key, or a function.
+    has_aux: Whether `loss_fn` returns a tuple of which the loss is the first.
     reference: The same loss without a mask. With everything included the loss
       has to equal it; with the mask None the loss has to be the same program.
       By default the reference is the loss without its mask or with None, if the
@@ -147,6 +199,8 @@ def assert_mask_safe(
       `"invariance"`, `"zero_gradient"`, `"compaction"`, `"empty"`,
       `"masked_label"` (an example whose own class is masked has loss 0),
       `"identity"`, `"honesty"`, `"clean_arithmetic"` and `"transforms"`.
+    strict: Whether it is a failure that a clause can't be tried, or that a
+      gradient is not finite on the given data.
     dtypes: The dtypes to try for the floating arguments, such as
       `("float32", "bfloat16")`. By default the arguments keep their dtypes,
       but float64 becomes float32 unless JAX has it enabled.
@@ -154,7 +208,8 @@ def assert_mask_safe(
     transforms: Which of `"eager"`, `"jit"` and `"vmap"` to try.
     masks: Which masks to try: `"given"`, `"none"` and `"all"` (nothing and
       everything included), `"elements"` (one masked, one included), `"rows"`
-      and `"columns"` (of the first and the last axis of `where`).
+      and `"columns"` (of the first and the last axis of `where`) and `"padded"`
+      (the first elements of each row, as of sequences of several lengths).
     samples: How many elements, rows and columns to try at most; fewer for
       arrays of many thousand numbers.
     **kwargs: Keyword arguments of the loss, with arrays as in `args`. For a
@@ -168,9 +223,9 @@ def assert_mask_safe(
       the argument, element, mask, poison, derivative, transformation and dtype,
       the numbers, and the operation and the line of code in which the first NaN
       arose.
-    TypeError: If `where` is not boolean, or the loss does not return a floating
-      array.
-    ValueError: If no array is floating, if `where` does not fit the data, if an
+    TypeError: If the mask is not boolean, or the loss does not return a
+      floating array.
+    ValueError: If no array is floating, if the mask fits no array, if an
       included element is not finite, if there are more than a million numbers,
       or if an option is unknown.
 
@@ -186,31 +241,35 @@ def assert_mask_safe(
     ...     where=np.array([True, False]))
     >>> report.ok
     True
+
+    A training step, whose batch has the mask:
+
+    >>> def loss_fn(params, batch):
+    ...   mask = batch["mask"][..., None]
+    ...   x = jnp.where(mask, batch["x"], 0)  # The gradient multiplies by it.
+    ...   error = jnp.where(mask, x @ params["w"] - batch["y"], 0)
+    ...   return jnp.sum(error**2) / jnp.maximum(jnp.sum(batch["mask"]), 1)
+    >>> params = {"w": jnp.ones((3, 2))}
+    >>> batch = {"x": jnp.ones((4, 5, 3)), "y": jnp.ones((4, 5, 2)),
+    ...          "mask": jnp.arange(5) < jnp.array([[5], [2], [3], [1]])}
+    >>> assert_mask_safe(loss_fn, params, batch, where="batch['mask']").ok
+    True
   """
   __tracebackhide__ = True
+  options = {field.name: None for field in dataclasses.fields(Options)}
+  given = locals()
   report = check_mask_safe(
-    loss_fn,
-    *args,
-    where=where,
-    where_name=where_name,
-    axes=axes,
-    reference=reference,
-    skip=skip,
-    dtypes=dtypes,
-    derivatives=derivatives,
-    transforms=transforms,
-    masks=masks,
-    samples=samples,
-    **kwargs,
+    loss_fn, *args, where=where, **{n: given[n] for n in options}, **kwargs
   )
   if not report.ok:
     raise AssertionError(str(report))
   return report
 
 
-def check_case(case: MaskCase, **options: Any) -> Report:
-  """Checks a case. The given options replace those of the case."""
+def check_case(case: MaskCase, **narrower: Any) -> Report:
+  """Checks a case, with no more than the given derivatives, masks, ..."""
+  options = narrowed(case.options, narrower)
   report = check_mask_safe(
-    case.loss_fn, *case.args, where=case.where, **{**case.options, **options}
+    case.loss_fn, *case.args, where=case.where, **options
   )
   return dataclasses.replace(report, name=case.name)

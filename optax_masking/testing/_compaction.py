@@ -1,219 +1,183 @@
-"""The data without their masked elements, where they still make an array."""
+"""Clause 3: the loss of the data without what is masked."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from optax_masking.testing._case import Axes, Problem
+from optax_masking.testing import _trace
+from optax_masking.testing._events import Event, Untried
+from optax_masking.testing._rounding import Pairs, agree, differ, nearby_for
+from optax_masking.testing._run import Run, Values, error_line, weights_of
+from optax_masking.testing._smaller import (
+  Resized,
+  extended,
+  flattened,
+  ratio_of_elements,
+  without_masked,
+)
 
-# A function of an axis of the data. For the integer arguments without this axis
-# it returns "class" if they name classes along the axis, "free" if the axis
-# does not concern them, and None otherwise.
-Roles = Callable[[int], str | None]
-Taking = Callable[[np.ndarray], np.ndarray]
-T = TypeVar("T")
-
-
-class Compact(NamedTuple):
-  """Data without their masked elements.
-
-  `left_of` has for each argument a function that takes, from an array of its
-  shape, the part that the smaller data keep; None if they keep no such part.
-  `left_of_result` does the same for the result.
-  """
-
-  values: list[np.ndarray]
-  where: np.ndarray
-  left_of_result: Taking
-  left_of: list[Taking | None]
+# Each other shape is a program to compile: fewer in a narrower check.
+_MOST_SHAPES, _FEW_SHAPES = 8, 3
 
 
-def _same(x: T) -> T:
-  return x
-
-
-def compactions(
-  problem: Problem,
-  data: Sequence[np.ndarray],
-  where: np.ndarray,
-  result_axes: Axes | None,
-  result_shape: tuple[int, ...],
-  roles: Roles,
-  separate: Callable[[int], bool],
-) -> Iterator[Compact]:
-  """Makes the data that a mask leaves, if it leaves rectangles.
-
-  Args:
-    problem: The loss and the shapes of its data.
-    data: The arrays to make smaller ones of.
-    where: The mask.
-    result_axes: Which axes of the data the result has, None if unknown.
-    result_shape: The shape of the result.
-    roles: The role of integer arguments for an axis that they lack.
-    separate: Whether the loss computes each slice along an axis on its own.
-
-  Yields:
-    A `Compact` if the mask takes whole indices out of one axis; or one for each
-    number of elements that slices are left with, if these are `separate`.
-  """
-  full = problem.full(where)
-  if where.all() or not where.any() or result_axes is None:
+def compaction(run: Run) -> Iterator[Event]:
+  """Compares the loss with that of data of another size."""
+  if _trace.draws_random_numbers(run.jaxpr):
+    yield Untried(
+      "compaction",
+      "the loss draws random numbers, which depend on the shape of the data",
+    )
     return
-  for axis in range(full.ndim):
-    others = tuple(k for k in range(full.ndim) if k != axis)
-    kept = full.any(others)
-    if (full == np.expand_dims(kept, others)).all():
-      compact = _without(
-        problem,
-        data,
-        axis,
-        np.flatnonzero(kept),
-        result_axes,
-        result_shape,
-        roles,
-      )
-      if compact is not None:
-        yield compact
-      return
-  if all(
-    k is not None and s == problem.shape[k]
-    for k, s in zip(result_axes, result_shape, strict=True)
-  ):
-    yield from _slices(problem, data, full, result_axes, roles, separate)
+  narrow = "vmap" not in run.problem.options.transforms
+  most = _FEW_SHAPES if narrow else _MOST_SHAPES
+  shapes: set[Any] = set()
+  for mask in run.masks:
+    for resized in _resizings(run, mask):
+      values = resized.values(run.values_of(mask))
+      if not run.problem.call.derives(values, resized.where):
+        continue
+      shape = resized.where.shape
+      if shape not in shapes and len(shapes) >= most:
+        continue
+      shapes.add(shape)
+      yield from _same_loss(run, mask, resized)
 
 
-def _is_integer(x: np.ndarray) -> bool:
-  return jnp.issubdtype(x.dtype, jnp.integer)
+def _resizings(run: Run, mask: str) -> Iterator[Resized]:
+  where = run.masks[mask]
+  yield from without_masked(run, mask)
+  if mask == "as given" or mask.startswith("sequences of growing"):
+    if where.any() and not where.all() and _rows_do_not_matter(run, mask):
+      resized = flattened(run, where)
+      if resized is not None:
+        yield resized
+    for axis in range(where.ndim):
+      longer = extended(run, mask, axis, count=2)
+      if longer is not None:
+        yield longer
 
 
-def _without(
-  problem: Problem,
-  data: Sequence[np.ndarray],
-  axis: int,
-  kept: np.ndarray,
-  result_axes: Axes,
-  result_shape: tuple[int, ...],
-  roles: Roles,
-) -> Compact | None:
-  """All arrays with some indices of an axis alone."""
+def _rows_do_not_matter(run: Run, mask: str) -> bool:
+  """Whether elements in one row have the loss that they have in several.
 
-  def taking(axes: Axes, shape: Sequence[int]) -> Taking:
-    if axis not in axes or shape[axes.index(axis)] == 1:
-      return _same
-    return lambda x: np.take(x, kept, axes.index(axis))
+  They have in a mean over tokens, and not in a mean of the means of rows.
+  """
+  if run.all_included is None or _adds_rows(run, mask):
+    return False
+  resized = flattened(run, run.everything)
+  if resized is None:
+    return False
+  try:
+    other = _evaluate(run, resized, run.all_included)
+  except Exception:  # Of a loss that needs its rows.
+    return False
+  pairs = _pairs(run, resized, run.usual, other)
+  return not any(differ(run, a, b, q).any() for q, a, b in pairs)
 
-  values: list[np.ndarray] = []
-  left_of: list[Taking | None] = []
-  for argument, x in zip(problem.arguments, data, strict=True):
-    take = taking(argument.axes, x.shape)
-    x = take(x)
-    if take is _same and _is_integer(x):
-      role = roles(axis)
-      if role is None:
-        return None
-      if role == "class":
-        if not np.isin(x, kept).all():
-          return None
-        x = np.searchsorted(kept, x).astype(x.dtype)
-    values.append(x)
-    left_of.append(take)
-  take_where = taking(problem.where_axes, problem.where.shape)
-  ones = np.ones(problem.where.shape, bool)
-  return Compact(
-    values,
-    take_where(ones),
-    taking(result_axes, result_shape),
-    left_of,
+
+def _adds_rows(run: Run, mask: str) -> bool:
+  """Whether the loss is the sum or the mean of the losses of the rows alone."""
+  where = run.masks[mask]
+  rows = np.flatnonzero(where.reshape(len(where), -1).any(-1))
+  alone = []
+  for row in rows:
+    one = np.zeros_like(where)
+    one[row] = where[row]
+    values = run.problem.values_for(one)
+    if values is None:
+      return False
+    alone.append((values, run.tangents, one))
+  losses = np.asarray(run.evaluate(alone)[0], "float64")
+  total, whole = losses.sum(0), run.clean[mask][0]
+  first = run.quantities[0]
+  return len(rows) > 1 and any(
+    not differ(run, whole, expected, first).any()
+    for expected in (total, total / len(rows))
   )
 
 
-def _slices(
-  problem: Problem,
-  data: Sequence[np.ndarray],
-  full: np.ndarray,
-  result_axes: Axes,
-  roles: Roles,
-  separate: Callable[[int], bool],
-) -> Iterator[Compact]:
-  """Slices that are left with the same number of elements, side by side."""
-  rank = full.ndim
-  reduced = problem.reduced or (rank - 1,)
-  if rank < 2 or len(reduced) != 1 or problem.shape != full.shape:
-    return
-  (axis,) = reduced
-  batch = tuple(k for k in range(rank) if k != axis)
-  all_axes = tuple(range(rank))
-  if result_axes not in ((), batch, all_axes) or not separate(axis):
-    return
-  mask = np.moveaxis(full, axis, -1).reshape(-1, full.shape[axis])
-  counts = mask.sum(-1)
-  sizes = sorted(set(counts) - {0})
-  if result_axes == () and len(sizes) > 1:
-    return  # How the loss adds them up is not known.
-  for size in sizes:
-    rows = np.flatnonzero(counts == size)
-    compact = _slices_of(problem, data, axis, mask, rows, result_axes, roles)
-    if compact is not None:
-      yield compact
+def _evaluate(
+  run: Run, resized: Resized, values: Sequence[np.ndarray]
+) -> dict[int | None, np.ndarray]:
+  """The value and the gradients of the loss of the data of another size."""
+  weights = resized.of_result(weights_of(run))
+  row: tuple[Any, ...] = (resized.values(values), weights)
+  if run.unmasked is not None and resized.where.all():
+    return {k: x[0] for k, x in run.plain([row]).items()}
+  return {k: x[0] for k, x in run.with_mask([(*row, resized.where)]).items()}
 
 
-def _slices_of(
-  problem: Problem,
-  data: Sequence[np.ndarray],
-  axis: int,
-  mask: np.ndarray,
-  rows: np.ndarray,
-  result_axes: Axes,
-  roles: Roles,
-) -> Compact | None:
-  rank = len(problem.shape)
-  batch = tuple(k for k in range(rank) if k != axis)
-  kept = mask[rows]
-  size = int(kept[0].sum())
-  examples = (len(rows), *[1] * (len(batch) - 1))
-
-  def of_elements(x):
-    flat = np.moveaxis(x, axis, -1).reshape(mask.shape)[rows]
-    return np.moveaxis(flat[kept].reshape(*examples, size), -1, axis)
-
-  def of_examples(x):
-    return x.reshape(-1)[rows].reshape(examples)
-
-  takes_of_result: dict[Axes, Taking] = {(): _same, batch: of_examples}
-  values: list[np.ndarray] = []
-  left_of: list[Taking | None] = []
-  for argument, x in zip(problem.arguments, data, strict=True):
-    axes = argument.axes
-    if (not argument.maskable and all(k is None for k in axes)) or not x.ndim:
-      if _is_integer(x) and roles(axis) != "free":
-        return None
-      values.append(x)
-      left_of.append(_same)
-    elif axes == tuple(range(rank)):
-      values.append(of_elements(np.broadcast_to(x, problem.shape)))
-      left_of.append(of_elements if x.shape == problem.shape else None)
-    elif axes == batch:
-      shape = tuple(problem.shape[k] for k in batch)
-      labels = of_examples(np.broadcast_to(x, shape))
-      if _is_integer(x):
-        role = roles(axis)
-        if role == "class":
-          flat = labels.reshape(-1)
-          if not kept[np.arange(len(rows)), flat].all():
-            return None
-          before = np.cumsum(kept, -1)[np.arange(len(rows)), flat] - 1
-          labels = before.reshape(labels.shape).astype(x.dtype)
-        elif role is None:
-          return None
-      values.append(labels)
-      left_of.append(of_examples if x.shape == shape else None)
+def _pairs(
+  run: Run,
+  resized: Resized,
+  results: Sequence[np.ndarray],
+  other: dict[int | None, np.ndarray],
+) -> Pairs:
+  pairs: Pairs = []
+  for quantity, got in zip(run.quantities, results, strict=True):
+    if quantity.part == "value":
+      taken = resized.of_result(got)
+      expected = resized.back(other[None])
+    elif quantity.part == "vjp" and quantity.wrt is not None:
+      take = resized.of_argument[quantity.wrt]
+      if take is None:
+        continue
+      x = other[quantity.wrt]
+      # Either is the larger one: the entries of the smaller are compared.
+      longer = x.size > got.size
+      taken, expected = (got, take(x)) if longer else (take(got), x)
     else:
-      return None
-  return Compact(
-    values,
-    of_elements(np.ones(problem.shape, bool)),
-    takes_of_result.get(result_axes, of_elements),
-    left_of,
+      continue
+    pairs.append((quantity, taken, expected))
+  return pairs
+
+
+def _same_loss(run: Run, mask: str, resized: Resized) -> Iterator[Event]:
+  where = run.masks[mask]
+
+  def pairs(nearby: bool) -> Pairs:
+    values: Values = run.values_of(mask)
+    results = run.clean[mask]
+    if nearby:
+      values = nearby_for(run, where)
+      results = run.evaluate_one(values, where)
+    return _pairs(run, resized, results, _evaluate(run, resized, values))
+
+  try:
+    first = pairs(False)
+  except Exception as error:
+    yield Untried(
+      "compaction",
+      f"the loss does not take data of another size: {error_line(error)}",
+    )
+    return
+  if any(a.shape != b.shape for _, a, b in first):
+    yield Untried(
+      "compaction", "the loss has a shape that its axes do not explain"
+    )
+    return
+  yield from agree(
+    run,
+    "compaction",
+    mask,
+    lambda nearby: pairs(True) if nearby else first,
+    lambda got, expected, index: _message(
+      run, resized, where, got[index], expected[index]
+    ),
   )
+
+
+def _message(
+  run: Run, resized: Resized, where: np.ndarray, got: Any, expected: Any
+) -> str:
+  text = "With the mask, {what} is {got}; with " + resized.how
+  text += " it is {expected}."
+  ratio = ratio_of_elements(where)
+  if ratio > 1 and got and abs(expected / got / ratio - 1) < 1e-3:
+    included = int(where.sum())
+    text += (
+      f" It is divided by the number of all elements, {where.size}, and not of"
+      f" the included ones, {included}."
+    )
+  return text

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking.testing._case import LARGE, Problem
+from optax_masking.testing._problem import LARGE, Problem
 
 
 def evenly_spaced(count: int, samples: int) -> list[int]:
@@ -60,15 +60,18 @@ def make_masks(problem: Problem) -> dict[str, np.ndarray]:
     add("every other row", without((slice(None, None, 2),)))
   if "given" in kinds:
     add("as given", given)
+  if "padded" in kinds and given.ndim:
+    for name, where in padded(given.shape).items():
+      add(name, where)
   if "elements" in kinds and given.ndim:
     for e in elements:
       add(f"the element {list(e)} alone", ~without(e))
   if "rows" in kinds and given.ndim > 1:
     for i in evenly_spaced(given.shape[0], samples):
       add(f"the row [{i}] alone", ~without((i,)))
-  if "none" in kinds:
+  if "none" in kinds or "padded" in kinds:
     add("nothing included", np.zeros(given.shape, bool))
-  if "all" in kinds:
+  if "all" in kinds or "padded" in kinds:
     add("all included", np.ones(given.shape, bool))
   return found
 
@@ -105,7 +108,7 @@ def unlabeled_columns(problem: Problem, rows: np.ndarray) -> np.ndarray:
 
 
 def poisons(dtype: np.dtype, classes: int) -> dict[str, np.ndarray]:
-  """Values to put into masked elements, by name."""
+  """The values that a masked element may hold, by name."""
   if np.issubdtype(dtype, np.bool_):
     values: Sequence = (True, False)
   elif jnp.issubdtype(dtype, jnp.integer):
@@ -127,3 +130,24 @@ def poisons(dtype: np.dtype, classes: int) -> dict[str, np.ndarray]:
       0.0,
     )
   return {f"{np.asarray(v, dtype)}": np.asarray(v, dtype) for v in values}
+
+
+def padded(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+  """Masks of sequences of several lengths, with padding at their ends."""
+  axis = max((k for k, s in enumerate(shape) if s > 1), default=0)
+  size = shape[axis]
+  batch = (*shape[:axis], 1, *shape[axis + 1 :])
+  row = np.arange(int(np.prod(batch))).reshape(batch)
+  position = np.arange(size).reshape(
+    [size if k == axis else 1 for k in range(len(shape))]
+  )
+  lengths = {
+    "sequences of growing lengths": 1 + row * max(1, size // 3) % size,
+    "sequences of few elements": np.minimum(1 + row % 2, size),
+    "some sequences without any element": (row % 3) * size // 2,
+    "sequences without their last element": np.full_like(row, size - 1),
+  }
+  return {
+    name: np.broadcast_to(position < length, shape).copy()
+    for name, length in lengths.items()
+  }

@@ -15,6 +15,8 @@ PARTS = {
   "hessian": ("forward over reverse", "reverse over reverse"),
 }
 
+DERIVATIVE_OF = {part: d for d, parts in PARTS.items() for part in parts}
+
 
 class Quantity(NamedTuple):
   """A description of one output of the program.
@@ -93,7 +95,7 @@ def program(
     def gradient(floating):
       value, pull = jax.vjp(loss, floating)
       w = cotangent(value.shape, value.dtype) if weights is None else weights
-      return value, pull(jnp.asarray(w))[0]
+      return value, pull(jnp.asarray(w, value.dtype))[0]
 
     floating = [values[f] for f in floats]
     tangents = list(map(jnp.asarray, tangents))
@@ -115,3 +117,61 @@ def program(
     return results
 
   return run
+
+
+# How many numbers a batch of data may have, and how many data.
+_BATCH, _MOST_LANES = 2**21, 64
+
+
+def unoptimized() -> dict[str, Any] | None:
+  """Options to compile sooner what runs once."""
+  if jax.default_backend() != "cpu":
+    return None
+  return {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  }
+
+
+class Lanes:
+  """A program that runs on many inputs of the same shapes, one by one.
+
+  Compiled, it is one loop: no transformation of the program, and one call
+  instead of many.
+  """
+
+  def __init__(
+    self,
+    function: Callable[..., Any],
+    compiled: bool,
+    size: int,
+    count: int = _MOST_LANES,
+    optimized: bool = True,
+  ):
+    self._function = function
+    self._count = max(1, min(count, _BATCH // max(1, size)))
+    self._loop = None
+    if compiled:
+      options = None if optimized else unoptimized()
+      self._loop = jax.jit(self._in_turn, compiler_options=options)
+
+  def _in_turn(self, rows):
+    if self._count == 1:
+      return [
+        x[None] for x in self._function(*jax.tree.map(lambda x: x[0], rows))
+      ]
+    return jax.lax.map(lambda row: self._function(*row), rows)
+
+  def __call__(self, rows: Sequence[Any]) -> list[np.ndarray]:
+    """Returns the outputs, each stacked along a first axis."""
+    if self._loop is None:
+      results = [jax.device_get(self._function(*row)) for row in rows]
+      return [np.stack(column) for column in zip(*results, strict=True)]
+    results = []
+    for start in range(0, len(rows), self._count):
+      part = list(rows[start : start + self._count])
+      full = part + [part[-1]] * (self._count - len(part))  # For one program.
+      stacked = jax.tree.map(lambda *xs: np.stack(xs), *full)
+      outputs = jax.device_get(self._loop(stacked))
+      results.append([x[: len(part)] for x in outputs])
+    return [np.concatenate(column) for column in zip(*results, strict=True)]

@@ -18,6 +18,8 @@ CLAUSES: Mapping[str, str] = {
   "transforms": "The same results under jit and vmap, of the same dtype.",
 }
 
+NOT_APPLICABLE = "does not apply"
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -111,7 +113,9 @@ def _count_cases(number: int) -> str:
   return f"{number:,} case{'' if number == 1 else 's'}"
 
 
-def _how_to_fix(broken: Sequence[str]) -> Iterator[str]:
+def _how_to_fix(
+  broken: Sequence[str], arguments: Sequence[str]
+) -> Iterator[str]:
   """Says how to fix a loss, or how to leave out the broken clauses."""
   if {"invariance", "zero_gradient"} & set(broken):
     yield _wrapped(
@@ -121,6 +125,14 @@ def _how_to_fix(broken: Sequence[str]) -> Iterator[str]:
       " nothing is included; `optax_masking.masked_inputs` does both. A select"
       " or a product at the end alone leaves the gradient NaN.",
     ).strip()
+    if arguments:
+      name = arguments[0]
+      yield _wrapped(
+        "",
+        f"If the mask is not about `{name}`, as it is not about the parameters"
+        " or the inputs of a model that reads them all, say so:"
+        f" axes={{{name!r}: None}}.",
+      ).strip()
   names = [clause for clause in broken if clause != "accepts"]
   if names:
     yield _wrapped(
@@ -130,12 +142,12 @@ def _how_to_fix(broken: Sequence[str]) -> Iterator[str]:
     ).strip()
 
 
-def _wrapped(name: str, text: str) -> str:
+def _wrapped(name: str, text: str, width: int = 10) -> str:
   return textwrap.fill(
     text,
     78,
-    initial_indent=f"  {name:10}" if name else "  ",
-    subsequent_indent=" " * 12 if name else "  ",
+    initial_indent=f"  {name:{width}}" if name else "  ",
+    subsequent_indent=" " * (width + 2) if name else "  ",
     break_long_words=False,
     break_on_hyphens=False,
   )
@@ -147,12 +159,18 @@ class Report:
 
   Attributes:
     name: The name of the loss.
-    findings: The ways in which the loss breaks the contract, by clause.
-    clauses: For each clause that was not skipped, `"kept"`, `"broken"`, or a
-      reason why it could not be tried on this loss.
+    findings: The ways in which it breaks the contract, in the order of the
+      clauses.
+    clauses: For each clause that was asked for, `"kept"`, `"broken"`, or the
+      reason why it could not be tried on this loss or does not apply to it.
     cases: How many results were compared.
-    seconds: The duration of the check.
-    data: The dtypes and shapes of the arguments.
+    seconds: How long it took.
+    data: The dtypes and shapes that the loss was called with.
+    notes: Remarks on things that are no fault of the mask, such as a gradient
+      that is NaN without one.
+    strict: Whether a clause that could not be tried, or a serious note, is a
+      failure.
+    serious: Whether a note is serious, such as one on a gradient that is NaN.
   """
 
   name: str
@@ -161,10 +179,24 @@ class Report:
   cases: int
   seconds: float
   data: str = ""
+  notes: tuple[str, ...] = ()
+  strict: bool = False
+  serious: bool = False
+
+  @property
+  def untried(self) -> dict[str, str]:
+    """The clauses that could not be tried, and why."""
+    return {
+      clause: state
+      for clause, state in self.clauses.items()
+      if not state.startswith(("kept", "broken", NOT_APPLICABLE))
+    }
 
   @property
   def ok(self) -> bool:
-    """Whether there is no finding."""
+    """Whether nothing was found, and, if strict, all was tried."""
+    if self.strict and (self.untried or self.serious):
+      return False
     return not self.findings
 
   def to_dict(self) -> dict[str, Any]:
@@ -176,29 +208,54 @@ class Report:
       "seconds": round(self.seconds, 3),
       "data": self.data,
       "clauses": dict(self.clauses),
+      "notes": list(self.notes),
       "findings": [finding.to_dict() for finding in self.findings],
     }
 
   def __str__(self) -> str:
-    tried = f"{self.cases:,} cases in {self.seconds:.1f} s"
-    if self.ok:
-      return f"{self.name} keeps the mask contract ({tried})."
-    broken = list(dict.fromkeys(f.clause for f in self.findings))
-    plural = "clause" if len(broken) == 1 else "clauses"
-    head = (
-      f"{self.name} breaks {len(broken)} {plural} of the mask contract"
-      f" ({tried}): {', '.join(broken)}."
-    )
-    if self.data:
-      head += f"\nThe check called it with {self.data}."
+    parts = [self._headline()]
     groups: dict[Any, list[Finding]] = {}
     for finding in self.findings:
       groups.setdefault((finding.clause, finding.argument), []).append(finding)
-    texts = []
     for first, *others in groups.values():
       lines = [str(first)]
       if others:
         also = "; ".join(other.summary() for other in others)
         lines.append(_wrapped("and", also))
-      texts.append("\n".join(lines))
-    return "\n\n".join([head, *texts, *_how_to_fix(broken)])
+      parts.append("\n".join(lines))
+    if self.untried:
+      lines = [_wrapped(f"{c}:", why, 18) for c, why in self.untried.items()]
+      parts.append("\n".join(["Could not be tried:", *lines]))
+    parts += [_wrapped("", f"Note: {note}").strip() for note in self.notes]
+    broken = list(dict.fromkeys(f.clause for f in self.findings))
+    leaks = ("invariance", "zero_gradient")
+    arguments = [
+      f.argument
+      for f in self.findings
+      if f.clause in leaks and f.poison and f.argument
+    ]
+    return "\n\n".join([*parts, *_how_to_fix(broken, arguments)])
+
+  def _headline(self) -> str:
+    tried = f"{self.cases:,} cases in {self.seconds:.1f} s"
+    broken = list(dict.fromkeys(f.clause for f in self.findings))
+    if broken:
+      head = (
+        f"{self.name} breaks {_count_clauses(len(broken))} of the mask contract"
+        f" ({tried}): {', '.join(broken)}."
+      )
+    elif self.untried:
+      kept = list(self.clauses.values()).count("kept")
+      head = (
+        f"{self.name} keeps {_count_clauses(kept)} of the mask contract"
+        f" ({tried}); {len(self.untried)} could not be tried."
+      )
+    else:
+      head = f"{self.name} keeps the mask contract ({tried})."
+    if self.data and not self.ok:
+      head += f"\nThe check called it with {self.data}."
+    return head
+
+
+def _count_clauses(number: int) -> str:
+  return f"{number} clause{'' if number == 1 else 's'}"

@@ -2,7 +2,7 @@
 
 import linecache
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -259,3 +259,123 @@ def _place(frame: Any) -> str:
   folder = os.getcwd() + os.sep
   name = name.removeprefix(folder)
   return f"{name}:{frame.line_num} in {frame.function_name}"
+
+
+def making_nonfinite(steps: Sequence[Step]) -> list[int]:
+  """The steps that make a NaN or an infinity of other numbers.
+
+  An infinity that is a constant, such as the fill before a softmax, is moved
+  and added to by other steps.
+  """
+  return [i for i, step in enumerate(steps) if _makes_nonfinite(step)]
+
+
+def _makes_nonfinite(step: Step) -> bool:
+  inputs = [x for x in map(floating, step.inputs) if x is not None]
+  for output in step.outputs:
+    x = floating(output)
+    if x is None or np.isfinite(x).all():
+      continue
+    has_nan, is_infinite = np.isnan(x), np.isinf(x)
+    for y in inputs:
+      given_nan, given_infinite = np.isnan(y), ~np.isfinite(y)
+      if y.shape != x.shape:
+        given_nan, given_infinite = given_nan.any(), given_infinite.any()
+      has_nan = has_nan & ~given_nan
+      is_infinite = is_infinite & ~given_infinite
+    if has_nan.any() or is_infinite.any():
+      return True
+  return False
+
+
+def programs_in(eqn: Any) -> Iterator[Any]:
+  """The programs that an operation runs."""
+  for parameter in jax.tree.leaves(
+    list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+  ):
+    if hasattr(parameter, "eqns"):
+      yield parameter
+
+
+def looks_for_nan(program: Any) -> bool:
+  """Whether a program asks if a number is NaN, as nan_to_num does.
+
+  A program that can't be looked into, None, may do so.
+  """
+  if program is None:
+    return True
+  for eqn in program.eqns:
+    name = eqn.primitive.name
+    if name == "is_finite":
+      return True
+    if name in ("eq", "ne") and eqn.invars[0] is eqn.invars[-1]:
+      return True
+    if any(map(looks_for_nan, programs_in(eqn))):
+      return True
+  return False
+
+
+def draws_random_numbers(program: Any) -> bool:
+  """Whether a program draws bits from a key."""
+  if program is None:
+    return False
+  return any(
+    eqn.primitive.name in ("random_bits", "threefry2x32", "rng_bit_generator")
+    or any(map(draws_random_numbers, programs_in(eqn)))
+    for eqn in program.eqns
+  )
+
+
+def indices_into(program: Any, tables: Collection[int]) -> set[int]:
+  """The arguments by which rows of some tables are looked up.
+
+  Args:
+    program: A closed jaxpr.
+    tables: Positions of the arguments that are tables.
+  """
+  jaxpr = program.jaxpr
+  names = {v: i for i, v in enumerate(jaxpr.invars)}
+  tables_of = {v: {i} if i in tables else set() for v, i in names.items()}
+  origins_of = {v: {i} for v, i in names.items()}
+  found: set[int] = set()
+  _look_up(jaxpr, tables_of, origins_of, found)
+  return found
+
+
+def _look_up(
+  jaxpr: Any,
+  tables_of: dict[Any, set[int]],
+  origins_of: dict[Any, set[int]],
+  found: set[int],
+) -> list[tuple[set[int], set[int]]]:
+  """Follows tables through moves, and the origins of all other arrays."""
+
+  def read(known, atom):
+    return set() if isinstance(atom, core.Literal) else known.get(atom, set())
+
+  for eqn in jaxpr.eqns:
+    tables = [read(tables_of, a) for a in eqn.invars]
+    origins_ = [read(origins_of, a) for a in eqn.invars]
+    if eqn.primitive.name == "gather" and tables[0]:
+      found |= origins_[1]
+    inner = next(programs_in(eqn), None)
+    results = None
+    if inner is not None:
+      body = getattr(inner, "jaxpr", inner)
+      if len(body.invars) == len(eqn.invars):
+        results = _look_up(
+          body,
+          dict(zip(body.invars, tables, strict=True)),
+          dict(zip(body.invars, origins_, strict=True)),
+          found,
+        )
+    if results is None or len(results) != len(eqn.outvars):
+      moved = eqn.primitive.name in _MOVES and eqn.primitive.name != "gather"
+      outcome = (
+        set().union(*tables) if moved else set(),
+        set().union(*origins_),
+      )
+      results = [outcome] * len(eqn.outvars)
+    for variable, (table, origin) in zip(eqn.outvars, results, strict=True):
+      tables_of[variable], origins_of[variable] = table, origin
+  return [(read(tables_of, v), read(origins_of, v)) for v in jaxpr.outvars]

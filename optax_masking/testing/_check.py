@@ -1,0 +1,257 @@
+"""Checks a loss on the data of one dtype, clause by clause."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_masking.testing._arithmetic import clean_arithmetic
+from optax_masking.testing._call import Call
+from optax_masking.testing._compaction import compaction
+from optax_masking.testing._events import (
+  Broken,
+  Event,
+  Log,
+  Note,
+  Tried,
+  Untried,
+)
+from optax_masking.testing._exact import directions, poisoned, zeros
+from optax_masking.testing._honesty import (
+  given_gradients,
+  honesty,
+  unpoisoned_inputs,
+)
+from optax_masking.testing._identity import identity
+from optax_masking.testing._problem import (
+  Problem,
+  make_problem,
+  replace_masked,
+)
+from optax_masking.testing._program import DERIVATIVE_OF, PARTS, program
+from optax_masking.testing._report import CLAUSES, Finding
+from optax_masking.testing._run import Run, error_line
+from optax_masking.testing._transforms import (
+  in_python,
+  refusal,
+  repetitions,
+  vmapped,
+)
+
+_CHECKS = (
+  zeros,
+  directions,
+  poisoned,
+  repetitions,
+  compaction,
+  identity,
+  honesty,
+  given_gradients,
+  unpoisoned_inputs,
+)
+
+
+def check(call: Call, dtype: Any, log: Log) -> tuple[Problem, int]:
+  """Checks a loss, and returns the data and the number of cases."""
+  problem = make_problem(call, dtype)
+  run = _start(problem, log)
+  if run is None:
+    return problem, 1
+  for clause in _checks_of(run):
+    log.add(clause(run))
+  return problem, run.tally["cases"]
+
+
+def _checks_of(run: Run) -> Iterator[Callable[[Run], Iterator[Event]]]:
+  yield from _CHECKS
+  transforms = run.problem.options.transforms
+  if "vmap" in transforms:
+    yield vmapped
+  if "eager" in transforms and run.compiled:
+    yield in_python
+  # At the end: it leaves out what another clause has reported.
+  if "clean_arithmetic" not in run.problem.options.skip:
+    yield clean_arithmetic
+
+
+def _start(problem: Problem, log: Log) -> Run | None:
+  """Calls the loss with its mask, and finds out what can be computed of it."""
+  try:
+    value = problem.call(problem.values, problem.where, eager=True)
+  except Exception as error:
+    log.add([refusal(problem, error), *_none_tried("the loss does not run")])
+    return None
+  result = _check_result(problem, value)
+  log.add([Tried("accepts")])
+  problem = _usable(problem)
+  options = problem.options
+  compiled = bool({"jit", "vmap"} & set(options.transforms))
+  unmasked = _unmasked(problem, result, log)
+  parts = _parts(problem, compiled, log)
+  if not parts:
+    return None
+  run = Run(problem, result, unmasked, tuple(parts), compiled)
+  if not run.masks:
+    log.add(_none_tried("no data could be made for any mask"))
+    return None
+  return run
+
+
+def _none_tried(reason: str) -> list[Event]:
+  return [Untried(clause, reason) for clause in CLAUSES]
+
+
+def _check_result(problem: Problem, result: Any) -> jax.ShapeDtypeStruct:
+  dtype = getattr(result, "dtype", None)
+  if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+    return jax.ShapeDtypeStruct(result.shape, dtype)
+  if isinstance(result, float):
+    return jax.ShapeDtypeStruct((), jnp.asarray(result).dtype)
+  if dtype is not None:
+    returned = f"an array of {dtype}"
+  elif isinstance(result, tuple | list | dict):
+    names = list(result) if isinstance(result, dict) else len(result)
+    returned = f"a {type(result).__name__} of {names}"
+  else:
+    returned = f"{type(result)}"
+  raise TypeError(
+    f"{problem.call.name} returned {returned}, not one floating array. If the"
+    " loss is the first of several results, pass has_aux=True; if it is an"
+    " entry of the result, name it, output='loss'."
+  )
+
+
+def _usable(problem: Problem) -> Problem:
+  """Data with which the loss is finite with everything included."""
+  everything = np.ones(problem.where.shape, bool)
+  try:
+    values = problem.values_for(everything)
+    if values is not None:
+      value = problem.call(values, everything, eager=True)
+      if not np.isfinite(np.asarray(value)).all():
+        return replace_masked(problem)
+  except Exception:  # The checks report what the loss refuses.
+    return problem
+  return problem
+
+
+def _unmasked(
+  problem: Problem, result: jax.ShapeDtypeStruct, log: Log
+) -> Callable[[Sequence[Any]], Any] | None:
+  """The loss without a mask, if there is a way to call it."""
+  call = problem.call
+  candidates: list[Any] = [
+    call.without_mask(omit=False),
+    call.without_mask(omit=True),
+  ]
+  if problem.options.reference is not None:
+    candidates = [call.reference]
+  reason = ""
+  gradient = "vjp" in problem.options.derivatives
+  for candidate in filter(None, candidates):
+    some = program(candidate, ["value", "vjp"][: 1 + gradient], problem.floats)
+    try:
+      value, *_ = jax.eval_shape(some, problem.values, ())
+      if value.shape == result.shape:
+        return candidate
+      reason = f"it returns the shape {value.shape}"
+    except Exception as error:
+      reason = reason or error_line(error)
+  if problem.options.reference is not None:
+    log.add([Untried("identity", f"the reference does not run: {reason}")])
+  elif call.mask_is_optional:
+    message = (
+      f"The loss declares `{call.mask_name}=None`, but does not run without a"
+      f" mask: {reason}"
+    )
+    finding = Finding("accepts", "", mask="None", got=reason)
+    log.add([Broken(finding, lambda: {"message": message})])
+  return None
+
+
+def _parts(problem: Problem, compiled: bool, log: Log) -> list[str]:
+  """The parts of the program that can be computed."""
+  wanted = ("value", *problem.options.derivatives)
+  all_parts = [p for d in PARTS if d in wanted for p in PARTS[d]]
+  if _failure(problem, all_parts, compiled) is None:
+    return all_parts
+  parts: list[str] = []
+  failed: set[str] = set()
+  for part in all_parts:
+    error = _failure(problem, [part], compiled)
+    if error is None:
+      parts.append(part)
+    elif error not in failed:  # The same, by way of another derivative.
+      failed.add(error)
+      log.add([_not_computed(problem, part, compiled, error, parts)])
+    if error is not None and part == "value":
+      how = "under jit" if compiled else "eagerly"
+      log.add(_none_tried(f"the loss does not run {how}"))
+      return []
+  return parts
+
+
+def _failure(
+  problem: Problem, parts: Sequence[str], compiled: bool
+) -> str | None:
+  """Why some parts can't be computed, None if they can."""
+  some = program(problem.call, parts, problem.floats)
+  tangents = [problem.values[f] for f in problem.floats]
+  values, where = problem.values, problem.where
+  try:
+    if compiled:  # A custom_vjp fails only when it is lowered.
+      jax.jit(some).lower(values, tangents, where=where)
+    else:
+      some(values, tangents, where=where)
+  except Exception as error:
+    return error_line(error)
+  return None
+
+
+def _not_computed(
+  problem: Problem, part: str, compiled: bool, error: str, parts: list[str]
+) -> Broken:
+  how = "under jit" if compiled else "eagerly"
+  message = f"The {part} can't be computed {how}: {error}"
+  if part != "value":
+    left = tuple(d for d in problem.options.derivatives if d in parts)
+    message += (
+      " If the loss does not mean to have it, leave it out:"
+      f" derivatives={left}."
+    )
+  facts = {
+    "message": message,
+    "mask": "as given",
+    "where": problem.where.tolist(),
+    "got": error,
+  }
+  finding = Finding(
+    "transforms",
+    "",
+    derivative=DERIVATIVE_OF[part],
+    transform="jit" if compiled else "eager",
+    dtype=problem.arguments[problem.floats[0]].value.dtype.name,
+  )
+  return Broken(finding, functools.partial(dict, facts))
+
+
+def padded_masks_explain(call: Call, dtype: Any, log: Log) -> Note | None:
+  """A note, if no finding is left with masks of padded sequences alone."""
+  if not log.found or call.where.ndim == 0:
+    return None
+  other = copy.copy(call)
+  other.options = dataclasses.replace(call.options, masks=("padded",))
+  alone = Log(other.options)
+  check(other, dtype, alone)
+  if alone.found or "accepts" not in alone.tried:
+    return None
+  return Note(
+    "Nothing is found with masks of padded sequences alone, whose included"
+    " elements come first in each row. If the loss is for no other masks, say"
+    " so: masks=('padded',)."
+  )

@@ -1,0 +1,135 @@
+"""Comparisons that hold to rounding: two programs of the same data agree."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from optax_masking.testing._blame import blame
+from optax_masking.testing._events import Event, Tried
+from optax_masking.testing._program import Quantity
+from optax_masking.testing._run import Run, Values, first_index, number
+
+# By how many roundings two programs of the same numbers may differ. Those of
+# half precision are large, and most of a program is computed without them.
+_ROUNDINGS, _ROUNDINGS_OF_HALF = 32.0, 8.0
+
+Pairs = list[tuple[Quantity, np.ndarray, np.ndarray]]
+
+
+def differ(run: Run, got: Any, expected: Any, quantity: Quantity) -> np.ndarray:
+  """Where numbers differ by more than rounding explains."""
+  got, expected = (np.asarray(x, "float64") for x in (got, expected))
+  half = run.epsilon > float(jnp.finfo("float32").eps)
+  room = run.epsilon * (_ROUNDINGS_OF_HALF if half else _ROUNDINGS)
+  largest = np.abs(expected[np.isfinite(expected)]).max(initial=0)
+  room = room * max(_size(run, quantity), largest)
+  return ~((np.abs(got - expected) <= room) | (got == expected))
+
+
+def _size(run: Run, quantity: Quantity) -> float:
+  """The size of the numbers that a quantity is made of.
+
+  They may cancel, and so it is the largest under any of the masks. A loss is
+  made of terms as large as its gradient times the data, and its gradient of
+  terms as large as the loss over the data.
+  """
+  if quantity not in run.sizes:
+    run.sizes[quantity] = _find_size(run, quantity)
+  return run.sizes[quantity]
+
+
+def _find_size(run: Run, quantity: Quantity) -> float:
+  def largest(position):
+    arrays = [run.usual[position]]
+    arrays += [clean[position] for clean in run.clean.values()]
+    finite = (np.asarray(x, "float64") for x in arrays)
+    return max(float(np.abs(x[np.isfinite(x)]).max(initial=0)) for x in finite)
+
+  own = largest(run.quantities.index(quantity))
+  if quantity.derivative not in ("value", "vjp"):
+    return own
+  loss = largest(0)
+  count = max(1, run.usual[0].size)
+  values = run.problem.values
+  for q, gradient in zip(run.quantities, run.usual, strict=True):
+    if q.part == "vjp" and q.wrt is not None:
+      data = np.asarray(values[q.wrt], "float64")
+      terms = np.abs(np.asarray(gradient, "float64") * data)
+      loss = max(loss, float(terms[np.isfinite(terms)].sum()) / count)
+  if quantity.wrt is None:
+    return max(own, loss)
+  data = np.abs(np.asarray(values[quantity.wrt], "float64")).max(initial=0)
+  return max(own, loss / data) if data else own
+
+
+def agree(
+  run: Run,
+  clause: str,
+  mask: str,
+  pairs: Callable[[bool], Pairs],
+  message: Callable[[np.ndarray, np.ndarray, tuple], str] | str,
+  *,
+  transform: str | None = None,
+) -> Iterator[Event]:
+  """Compares what two programs make of the same data.
+
+  A derivative at a kink depends on how the numbers were rounded: it has to
+  differ beside it, too.
+
+  Args:
+    run: The run.
+    clause: The clause that is broken if they differ.
+    mask: The mask, by name.
+    pairs: Computes the numbers to compare, of the data or of nearby ones.
+    message: The sentence that reports a difference, with fields `what`, `got`
+      and `expected`.
+    transform: The transformation, if it is not that of the run.
+  """
+  yield Tried(clause)
+  beside: Pairs | None = None
+  for i, (quantity, got, expected) in enumerate(pairs(False)):
+    # What is not finite without a mask is no number to compare with.
+    wrong = differ(run, got, expected, quantity) & np.isfinite(expected)
+    if quantity.derivative == "hessian":
+      # Its terms cancel by more than the computed numbers show.
+      wrong &= ~np.isfinite(got)
+    if not wrong.any():
+      continue
+    if quantity.wrt is not None or quantity.label == "the tangent":
+      beside = beside or pairs(True)
+      if not differ(run, beside[i][1], beside[i][2], quantity).any():
+        continue
+    index = first_index(wrong)
+
+    def describe(quantity=quantity, got=got, expected=expected, index=index):
+      text = message
+      if callable(text):
+        text = text(got, expected, index)
+      where = run.masks.get(mask, run.everything)
+      values = run.problem.values_for(where) or run.problem.values
+      return {
+        "message": text.format(
+          what=run.describe(quantity, index),
+          got=number(got[index]),
+          expected=number(expected[index]),
+        ),
+        **run.facts(mask, got[index], expected[index]),
+        **blame(run, quantity, got[index], values, where),
+      }
+
+    yield run.broken(clause, quantity, describe, quantity.wrt, transform)
+
+
+def nearby_for(run: Run, where: np.ndarray) -> Values:
+  """Data near the clean ones, off their kinks and ties, for a mask."""
+  rng = np.random.default_rng(1)
+  moved = [
+    (x * rng.uniform(0.99, 1.01, x.shape)).astype(x.dtype)
+    if i in run.problem.floats and i not in run.problem.call.sources
+    else x
+    for i, x in enumerate(run.problem.values)
+  ]
+  values = run.problem.call.arrays_for(moved, where)
+  return moved if values is None else values

@@ -1,0 +1,320 @@
+"""Data without their masked elements, and data with more of them."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from optax_masking.testing._labels import role
+from optax_masking.testing._options import Axes
+from optax_masking.testing._problem import Argument
+from optax_masking.testing._run import Run
+
+Take = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resized:
+  """Data of another size, of which the loss has to be the same.
+
+  Attributes:
+    values: Makes the data of those of the full size.
+    where: Their mask.
+    of_result: Takes the entries of the full result that the other one has.
+    of_argument: The same for the gradients, None for one that can't be
+      compared.
+    back: Takes the entries of the other result that the full one has.
+    back_of_argument: The same for the gradients.
+    how: A description, to be put after "with".
+  """
+
+  values: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+  where: np.ndarray
+  of_result: Take
+  of_argument: tuple[Take | None, ...]
+  how: str
+  back: Take = lambda x: x
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+  return x
+
+
+def _rename(kept: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """Renames classes to their positions among those that are kept."""
+  return np.searchsorted(kept, x).astype(x.dtype)
+
+
+def _constant(value: np.ndarray, _: np.ndarray) -> np.ndarray:
+  return value
+
+
+def _take(
+  axes: Axes, shape: Sequence[int], axis: int, kept: np.ndarray
+) -> Take:
+  """Takes indices along an axis of the mask."""
+  if axis not in axes or shape[axes.index(axis)] == 1:
+    return _same
+  return lambda x: np.take(x, kept, axes.index(axis))
+
+
+def without_masked(run: Run, mask: str) -> Iterator[Resized]:
+  """The data that a mask leaves, in each way in which they make an array."""
+  where = run.masks[mask]
+  if where.all() or not where.any() or run.result_axes is None:
+    return
+  for axis in range(where.ndim):
+    others = tuple(k for k in range(where.ndim) if k != axis)
+    kept = where.any(others)
+    if (where == np.expand_dims(kept, others)).all():
+      # One alone could broadcast with anything.
+      if kept.sum() > 1 or kept.size == 2:
+        yield from _without(run, axis, np.flatnonzero(kept))
+      return
+  yield from _slices(run, where)
+
+
+def _without(run: Run, axis: int, kept: np.ndarray) -> Iterator[Resized]:
+  """All arrays with some indices of an axis alone."""
+  problem = run.problem
+  takes, renames = [], []
+  for a in problem.arguments:
+    take = _take(a.axes, a.value.shape, axis, kept)
+    rename = _same
+    if take is _same and a.integer and a.maskable:
+      found = role(run, axis)
+      if found is None or (
+        found == "class" and not np.isin(a.value, kept).all()
+      ):
+        return
+      if found == "class":
+        rename = functools.partial(_rename, kept)
+    takes.append(take)
+    renames.append(rename)
+  where = problem.where
+  axes = tuple(range(where.ndim))
+  small = _take(axes, where.shape, axis, kept)(np.ones(where.shape, bool))
+  assert run.result_axes is not None
+  yield Resized(
+    lambda values: [
+      rename(take(x))
+      for x, take, rename in zip(values, takes, renames, strict=True)
+    ],
+    small,
+    _take(run.result_axes, run.result.shape, axis, kept),
+    tuple(takes),
+    "the masked elements removed from the data",
+  )
+
+
+def _slices(run: Run, where: np.ndarray) -> Iterator[Resized]:
+  """Slices that are left with the same number of elements, side by side."""
+  axis = where.ndim - 1
+  batch = tuple(range(axis))
+  full = (*batch, axis)
+  if (
+    axis < 1
+    or where.shape[axis] == 1
+    or run.result_axes not in ((), batch, full)
+  ):
+    return
+  if run.result.shape not in ((), where.shape[:-1], where.shape):
+    return
+  counts = where.reshape(-1, where.shape[axis]).sum(-1)
+  sizes = sorted(set(counts.tolist()) - {0})
+  if run.result_axes == () and len(sizes) > 1:
+    return  # `flattened` covers what has no slices.
+  if not separate(run, axis):
+    return
+  for size in sizes[:2]:
+    resized = _slices_of(run, where, np.flatnonzero(counts == size))
+    if resized is not None:
+      yield resized
+
+
+def _slices_of(run: Run, where: np.ndarray, rows: np.ndarray) -> Resized | None:
+  axis = where.ndim - 1
+  batch = tuple(range(axis))
+  mask = where.reshape(-1, where.shape[axis])[rows]
+  size = int(mask[0].sum())
+  examples = (len(rows), *[1] * (axis - 1))
+
+  def of_elements(x):
+    rest = x.shape[where.ndim :]
+    flat = x.reshape(-1, where.shape[axis], *rest)[rows]
+    return flat[mask].reshape(*examples, size, *rest)
+
+  def of_examples(x):
+    return x.reshape(-1, *x.shape[axis:])[rows].reshape(
+      *examples, *x.shape[axis:]
+    )
+
+  takes: list[Take] = []
+  renames: list[Take] = []
+  all_rows = len(rows) == math.prod(where.shape[:-1])
+  for a in run.problem.arguments:
+    take = _take_of_slices(a, where.shape, of_elements, of_examples)
+    if take is None:
+      return None
+    rename = _same
+    if a.integer and a.maskable and take is not of_elements:
+      found = role(run, axis)
+      if found is None:
+        return None
+      if found == "class":
+        labels = of_examples(a.value).reshape(-1)
+        if not mask[np.arange(len(rows)), labels].all():
+          return None
+        before = np.cumsum(mask, -1)[np.arange(len(rows)), labels] - 1
+        renamed = before.reshape(examples).astype(a.value.dtype)
+        rename = functools.partial(_constant, renamed)
+    takes.append(take)
+    renames.append(rename)
+  of_result: dict[Axes | None, Take] = {(): _same, batch: of_examples}
+  return Resized(
+    lambda values: [
+      rename(take(x))
+      for x, take, rename in zip(values, takes, renames, strict=True)
+    ],
+    np.ones((*examples, size), bool),
+    of_result.get(run.result_axes, of_elements),
+    # The gradient of what all rows share is a sum over all of them.
+    tuple(take if all_rows or take is not _same else None for take in takes),
+    "the masked elements removed from the data",
+  )
+
+
+def _take_of_slices(
+  a: Argument, shape: tuple[int, ...], of_elements: Take, of_examples: Take
+) -> Take | None:
+  rank = len(shape)
+  if not a.maskable:
+    return _same if all(k is None for k in a.axes) else None
+  leading = a.value.shape[:rank]
+  if a.axes[:rank] == tuple(range(rank)) and leading == shape:
+    return of_elements
+  if a.axes == tuple(range(rank - 1)) and a.value.shape == shape[:-1]:
+    return of_examples
+  return None
+
+
+def separate(run: Run, axis: int) -> bool:
+  """Whether no slice along an axis changes the loss of another."""
+  problem = run.problem
+  if run.all_included is None:
+    return False
+
+  def first(axes, shape):
+    chosen = np.zeros(shape, bool)
+    chosen[tuple(0 if k not in (axis, None) else slice(None) for k in axes)] = (
+      True
+    )
+    return chosen
+
+  tangents = [
+    np.where(
+      first(problem.arguments[f].axes, t.shape)
+      if problem.arguments[f].maskable
+      else np.zeros(t.shape, bool),
+      t,
+      0,
+    ).astype(t.dtype)
+    for f, t in zip(problem.floats, run.tangents, strict=True)
+  ]
+  results = run.evaluate_one(run.all_included, run.everything, tangents)
+  known = False
+  for quantity, got in zip(run.quantities, results, strict=True):
+    if quantity.label == "the tangent" and run.result_axes:
+      others = ~first(run.result_axes, got.shape)
+    elif quantity.part == "forward over reverse" and not run.result_axes:
+      a = problem.arguments[quantity.wrt or 0]
+      if not a.maskable or len([k for k in a.axes if k is not None]) < 2:
+        continue
+      others = ~first(a.axes, got.shape)
+    else:
+      continue
+    known = True
+    if np.abs(got[others]).max(initial=0) > 1e-6 * np.abs(got).max(initial=0):
+      return False
+  return known
+
+
+def flattened(run: Run, where: np.ndarray) -> Resized | None:
+  """All included elements in one row.
+
+  Only a loss for which rows do not matter, such as a mean over tokens, has to
+  be the same: `compaction` checks that first.
+  """
+  rank = where.ndim
+  axes = tuple(range(rank))
+  if rank < 2 or run.result_axes not in ((), axes):
+    return None
+
+  def of_elements(x):
+    rest = x.shape[rank:]
+    flat = x.reshape(-1, *rest)[where.reshape(-1)]
+    return flat.reshape(*[1] * (rank - 1), -1, *rest)
+
+  takes: list[Take] = []
+  for a in run.problem.arguments:
+    if all(k is None for k in a.axes):
+      takes.append(_same)
+    elif a.axes[:rank] == axes and a.value.shape[:rank] == where.shape:
+      takes.append(of_elements)
+    else:
+      return None
+  return Resized(
+    lambda values: [take(x) for take, x in zip(takes, values, strict=True)],
+    np.ones((*[1] * (rank - 1), int(where.sum())), bool),
+    _same if run.result_axes == () else of_elements,
+    tuple(takes),
+    "the included elements in one row",
+  )
+
+
+def extended(run: Run, mask: str, axis: int, count: int) -> Resized | None:
+  """The data with more indices of an axis of the mask, all of them masked."""
+  where = run.masks[mask]
+  if where.shape[axis] == 1 or run.result_axes is None:
+    return None
+
+  def more(axes):
+    if axis not in axes:
+      return _same
+    k = axes.index(axis)
+
+    def add(x):
+      if x.shape[k] == 1:
+        return x
+      index = np.arange(x.shape[k] + count) % x.shape[k]
+      return np.take(x, index, k)
+
+    return add
+
+  def fewer(axes, size=where.shape[axis]):
+    if axis not in axes:
+      return _same
+    k = axes.index(axis)
+    return lambda x: x if x.shape[k] == 1 else np.take(x, range(size), k)
+
+  longer = more(tuple(range(where.ndim)))(where)
+  index = [slice(None)] * where.ndim
+  index[axis] = slice(where.shape[axis], None)
+  longer[tuple(index)] = False
+  arguments = run.problem.arguments
+  adds = [more(a.axes) for a in arguments]
+  return Resized(
+    lambda values: [add(x) for add, x in zip(adds, values, strict=True)],
+    longer,
+    _same,
+    tuple(fewer(a.axes) for a in arguments),
+    f"{count} masked {'rows' if axis == 0 else 'elements'} more",
+    back=fewer(run.result_axes),
+  )
+
+
+def ratio_of_elements(where: np.ndarray) -> float:
+  """The number of all elements over that of the included ones."""
+  return math.prod(where.shape) / max(1, int(where.sum()))
