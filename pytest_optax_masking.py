@@ -64,11 +64,11 @@ class MaskAudit(pytest.Collector):
     return []
 
   def make_items(self, target):
-    from optax_masking.testing import CLAUSES, _audit
+    from optax_masking.testing import CLAUSES, _audit, _find
 
     try:
-      losses = _audit.find_losses(target)
-    except _audit.TargetError as error:
+      losses = _find.find_losses(target)
+    except _find.TargetError as error:
       raise pytest.UsageError(str(error)) from None
     for loss in losses:
       quick = self.config.getoption("mask_audit_quick")
@@ -119,6 +119,10 @@ class MaskAuditItem(pytest.Item):
       broken = dataclasses.replace(report, findings=findings)
       raise MaskAuditFailure(str(broken))
     state = report.clauses.get(self.clause, "left out")
+    if report.strict and self.clause in report.untried:
+      raise MaskAuditFailure(
+        f"{self.loss}, {self.clause} could not be tried: {state}"
+      )
     if state != "kept":
       pytest.skip(f"{self.loss}, {self.clause}: {state}")
 

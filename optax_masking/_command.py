@@ -4,7 +4,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import optax_masking
 from optax_masking._output import CommandError, UsageError
@@ -15,7 +15,7 @@ from optax_masking.upstream import _command as staging
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command, and returns its exit status."""
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog="optax-masking",
     description="Losses that padding can't poison, and checks of them.",
   )
@@ -24,18 +24,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action="version",
     version=f"optax_masking {optax_masking.__version__}",
   )
-  commands = parser.add_subparsers(required=True, metavar="COMMAND")
+  commands = parser.add_subparsers(metavar="COMMAND")
   _add_losses(commands)
   auditing.add_commands(commands)
   staging.add_commands(commands)
   args = parser.parse_args(arguments)
+  if not hasattr(args, "run"):
+    parser.print_help()
+    return 0
   try:
     return args.run(args)
   except CommandError as error:
-    if isinstance(error, UsageError):
-      args.parser.print_usage(sys.stderr)
     print(f"{args.parser.prog}: error: {error}", file=sys.stderr)
+    if isinstance(error, UsageError):
+      print(f"see {args.parser.prog} --help", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print(f"{args.parser.prog}: interrupted", file=sys.stderr)
+    return 130  # As a shell says of a process that Ctrl-C ended.
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    """Without the usage, whose lines would hide the message."""
+    self.exit(2, f"{self.prog}: error: {message}\nsee {self.prog} --help\n")
 
 
 def _add_losses(commands: Any) -> None:

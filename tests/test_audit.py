@@ -1,26 +1,45 @@
 """The command `optax-masking audit`, and its findings in Optax."""
 
+import contextlib
+import dataclasses
 import functools
 import importlib.metadata
+import inspect
 import io
 import json
 import os
 import pathlib
+import re
+import signal
+import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from unittest import mock
 
+import numpy as np
 import optax as upstream
 import pytest
 from absl.testing import absltest, parameterized
 from cases import MASKED
 
+from optax_masking.testing import (
+  CLAUSES,
+  Finding,
+  MaskCase,
+  Report,
+  _api,
+  _audit,
+)
+from optax_masking.testing._find import Loss
+
 (COMMAND,) = importlib.metadata.entry_points(
   group="console_scripts", name="optax-masking"
 )
 main = COMMAND.load()
+X = np.linspace(-1, 1, 6, dtype="float32").reshape(2, 3)
 
 LOSSES = """
   import numpy as np
@@ -40,6 +59,40 @@ LOSSES = """
   def of_three_axes(volume, where):
     x, y, z = volume.shape
     return jnp.where(where, volume, 0)
+
+  def of_five_axes(volume, where):
+    a, b, c, d, e = volume.shape
+    return jnp.where(where, volume, 0)
+
+  def of_tokens(logits, labels, mask):
+    batch, time, classes = logits.shape
+    chosen = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    return jnp.where(mask, chosen, 0)
+
+  def of_images(image, target, mask):
+    batch, height, width, channels = image.shape
+    return jnp.sum(jnp.where(mask[..., None], image - target, 0) ** 2)
+
+  def of_one_axis(values, where):
+    (size,) = values.shape
+    return jnp.where(where, values, 0)
+
+  def of_soft_labels(logits, labels, mask):
+    return jnp.where(mask, jnp.sum(logits * labels, -1), 0)
+
+  def in_float32(predictions, targets, where):
+    if predictions.dtype != jnp.float32:
+      raise TypeError("float32, please")
+    return jnp.where(where, predictions - targets, 0)
+
+  def loss_fn(params, batch):
+    return jnp.sum(params["w"] * batch["x"])
+
+  def with_a_model(params, x, mask):
+    return jnp.sum(params["w"] * x, where=mask)
+
+  def with_aux(x, where):
+    return jnp.sum(x, where=where), {}
 
   def without_mask(predictions):
     return predictions
@@ -113,19 +166,35 @@ class AuditTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ("nothing", "is no target"),
+    ("optax.losses", "Did you mean optax?"),
+    ("Optax-Masking", "Did you mean optax_masking?"),
+    ("optax.kl_divergence", "Did you mean optax --loss kl_divergence?"),
+    ("some_losses.right", "Did you mean some_losses:right?"),
+    ("some_losses:rigt", "Did you mean right?"),
     ("missing_module:loss", "missing_module"),
     ("some_losses:nothing", "nothing"),
     ("some_losses:number", "is int"),
-    ("some_losses:of_three_axes", "MaskCase"),
+    ("some_losses:of_five_axes", "MaskCase"),
     ("some_losses:without_mask", "where_name="),
     ("some_losses:unusable", "where != 0"),
     ("some_losses:raising", "RuntimeError: at the start"),
+    (
+      "some_losses:loss_fn",
+      "MaskCase(loss_fn, params, batch, where=\"batch['mask']\")",
+    ),
+    (
+      "some_losses:with_a_model",
+      "MaskCase(with_a_model, params, x, where=mask,",
+    ),
+    ("some_losses:with_aux", "has_aux=True"),
   )
   def test_wrong_target(self, target, text):
     status, output, errors = self.audit(target)
     self.assertEqual((status, output), (2, ""))
     self.assertIn(text, errors)
-    self.assertIn("usage:", errors)
+    self.assertNotIn("usage:", errors)
+    self.assertLen(errors.splitlines(), 2)
+    self.assertEndsWith(errors, "\nsee optax-masking audit --help\n")
 
   @parameterized.parameters(
     (("--format", "pdf", "optax"), "invalid choice"),
@@ -133,7 +202,12 @@ class AuditTest(parameterized.TestCase):
     (("--update-baseline", "optax"), "--baseline"),
     (("--baseline", "missing.json", "optax"), "--update-baseline"),
     (("--baseline", "some_losses.py", "optax"), "no baseline"),
+    (("--baseline", ".", "optax"), "is a folder"),
+    (("--baseline", ".", "--update-baseline", "optax"), "is a folder"),
     (("--output", "missing/file", "optax"), "no folder"),
+    (("--output", ".", "optax"), "is a folder"),
+    (("--also", "json=.", "optax"), "is a folder"),
+    (("--loss", "kl_divergense", "optax"), "Did you mean kl_divergence?"),
     (("--also", "html", "optax"), "FORMAT=FILE"),
     (("--jobs", "0", "optax"), "--jobs"),
   )
@@ -141,6 +215,34 @@ class AuditTest(parameterized.TestCase):
     status, output, errors = self.audit(*arguments)
     self.assertEqual((status, output), (2, ""))
     self.assertIn(text, errors)
+
+  @parameterized.parameters(
+    ("[1, null]", "list, not an object"),
+    ("null", "NoneType"),
+    ("{}", "`schema`"),
+    ('{"schema": 1}', "`quick`"),
+    ('{"schema": 1, "quick": 1, "findings": []}', "`quick`"),
+    ('{"schema": 1, "quick": true, "findings": {}}', "`findings`"),
+    ('{"schema": 1, "quick": true, "findings": ["a", null]}', "null"),
+    ("{", "JSONDecodeError"),
+  )
+  def test_malformed_baseline(self, content, text):
+    """Is refused before the audit, which would replace it."""
+    pathlib.Path("known.json").write_text(content)
+    for update in ((), ("--update-baseline",)):
+      status, output, errors = self.audit(
+        "--baseline", "known.json", *update, "some_losses:nothing"
+      )
+      self.assertEqual((status, output), (2, ""))
+      self.assertIn("known.json is no baseline", errors)
+      self.assertIn(text, errors)
+    self.assertEqual(pathlib.Path("known.json").read_text(), content)
+
+  def test_no_command(self):
+    status, output, errors = run()
+    self.assertEqual((status, errors), (0, ""))
+    self.assertStartsWith(output, "usage: optax-masking")
+    self.assertIn("audit", output)
 
   @parameterized.parameters(("--format", "html"), ("--also", "html=page.html"))
   def test_page_without_jinja(self, *arguments):
@@ -253,6 +355,271 @@ class AuditTest(parameterized.TestCase):
       main(["audit", "--quick", "some_losses:wrong"])
       output.flush()
     self.assertIn(b"zero_gradient", raw.getvalue())
+
+
+def fake_report(case, clauses=None, **options):
+  """The report of a check that finds nothing."""
+  del options
+  clauses = clauses or dict.fromkeys(CLAUSES, "kept")
+  return Report(case.name, (), clauses, 1, 0.0, f"data of {case.name}")
+
+
+class FakeAuditTest(parameterized.TestCase):
+  """The command, with a check that takes no time."""
+
+  def setUp(self):
+    super().setUp()
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    self.enter_context(contextlib.chdir(folder))
+    pathlib.Path("some_losses.py").write_text(textwrap.dedent(LOSSES))
+    self.enter_context(mock.patch.object(sys, "path", list(sys.path)))
+    self.addCleanup(sys.modules.pop, "some_losses", None)
+    self.check = self.enter_context(
+      mock.patch.object(_audit, "check_case", side_effect=fake_report)
+    )
+
+  def audit(self, *arguments):
+    return run("audit", "--jobs=1", *arguments)
+
+  def settings(self, text):
+    pathlib.Path("pyproject.toml").write_text(f"[tool.optax-masking]\n{text}")
+
+  def test_settings(self):
+    """They are those of pyproject.toml, if there is no TARGET."""
+    self.settings(
+      'targets = ["some_losses:cases"]\nquick = true\nformat = "json"\n'
+      'loss = ["left out"]\nalso = ["text=text.out"]\njobs = 1\n'
+    )
+    status, output, _ = self.audit()
+    self.assertEqual(status, 0)
+    read = json.loads(output)
+    self.assertEqual(list(read["targets"]["some_losses:cases"]), ["left out"])
+    self.assertTrue(read["quick"])
+    self.assertIn("left out", pathlib.Path("text.out").read_text())
+
+    _, output, _ = self.audit("--no-quick", "--format", "markdown")
+    self.assertStartsWith(output, "## Mask contract: audit\n")
+    status, output, _ = self.audit("some_losses:made")
+    self.assertStartsWith(output, "Audit of the mask contract")
+
+  def test_baseline_of_settings(self):
+    pathlib.Path("known.json").write_text('{"schema": 1, "quick": true}')
+    self.settings('baseline = "known.json"\nquick = true\n')
+    status, _, errors = self.audit()
+    self.assertEqual(status, 2)
+    self.assertIn("known.json is no baseline", errors)
+
+  @parameterized.parameters(
+    ("target = ['optax']", "`target`"),
+    ("targets = 'optax'", "`targets` of [tool.optax-masking] must be a list"),
+    ("targets = [1]", "`targets`"),
+    ("quick = 'yes'", "`quick`"),
+    ("jobs = true", "`jobs`"),
+    ("format = 'pdf'", "`format`"),
+    ("baseline = 3", "`baseline`"),
+    ("quick = ", "pyproject.toml can't be read"),
+  )
+  def test_wrong_settings(self, text, message):
+    self.settings(text)
+    status, output, errors = self.audit()
+    self.assertEqual((status, output), (2, ""))
+    self.assertIn(message, errors)
+
+  @parameterized.parameters(
+    ("of_tokens", "(3, 5, 7), (3, 5)", (3, 5)),
+    ("of_images", "(3, 5, 7, 2), (3, 5, 7, 2)", (3, 5, 7)),
+    ("of_one_axis", "(7,)", (7,)),
+    ("of_soft_labels", "(3, 5, 7), (3, 5, 7)", (3, 5)),
+    ("wrong", "(5, 7), (5, 7)", (5, 7)),
+    ("of_three_axes", "(3, 5, 7)", (3, 5, 7)),
+  )
+  def test_guessed_shapes(self, name, shapes, mask_shape):
+    self.audit(f"some_losses:{name}")
+    for (case,), _ in self.check.call_args_list:
+      self.assertEqual(", ".join(str(x.shape) for x in case.args), shapes)
+      self.assertEqual(case.where.shape, mask_shape)
+    dtypes = [
+      case.options["dtypes"] for (case,), _ in self.check.call_args_list
+    ]
+    self.assertEqual(dtypes, [("float32",), ("float16",), ("bfloat16",)])
+
+  def test_a_wrong_axis_is_no_guess(self):
+    """Labels of sequences fit there, along the wrong axis."""
+    self.audit("some_losses:labelled")
+    ((case,), _), *_ = self.check.call_args_list
+    self.assertEqual(case.options["labels"].shape, case.args[0].shape[:1])
+
+  def test_dtypes_in_which_a_loss_does_not_run(self):
+    _, output, _ = self.audit("some_losses:in_float32", "--format", "json")
+    ((loss,),) = (x.values() for x in json.loads(output)["targets"].values())
+    self.assertEqual(
+      loss["data"],
+      "data of in_float32; not in float16: TypeError: float32, please; not in"
+      " bfloat16: TypeError: float32, please",
+    )
+    self.assertEqual(self.check.call_count, 1)
+    _, output, _ = self.audit(
+      "some_losses:in_float32", "--quick", "--format", "json"
+    )
+    self.assertNotIn("float16", output)
+
+  @parameterized.parameters("ctc_loss", "ctc_loss_with_forward_probs")
+  def test_adapters_do_not_hide_that_there_is_no_where(self, name):
+    if "where" in inspect.signature(getattr(upstream, name)).parameters:
+      self.skipTest("this Optax has it")
+    status, output, _ = self.audit("optax", "optax_masking", "--loss", name)
+    self.assertEqual(status, 1)
+    self.assertIn("optax: 0 of 1 loss clean, 1 without `where`", output)
+    self.assertIn("optax_masking: 1 of 1 loss clean, 0 findings", output)
+
+  def test_versions_are_those_of_what_was_imported(self):
+    with mock.patch.multiple(
+      upstream, __version__="9.8.7", __file__="/a/checkout/optax/__init__.py"
+    ):
+      _, output, _ = self.audit("some_losses:made", "--format", "json")
+    self.assertEqual(
+      json.loads(output)["versions"]["optax"], "9.8.7 (/a/checkout/optax)"
+    )
+
+  @parameterized.parameters("text", "markdown")
+  def test_ascii(self, format_):
+    """Kept, broken and not tried are told apart without Unicode."""
+    clauses = {c: "kept" for c in CLAUSES} | {"honesty": "not shown"}
+
+    def report(case, **options):
+      return dataclasses.replace(
+        fake_report(case, {**clauses, "empty": "broken"}),
+        findings=(Finding("empty", "It is 1."),),
+      )
+
+    self.check.side_effect = report
+    raw = io.BytesIO()
+    with redirect_stdout(io.TextIOWrapper(raw, encoding="ascii")) as output:
+      main(["audit", "--jobs=1", f"--format={format_}", "some_losses:made"])
+      output.flush()
+    written = raw.getvalue().decode()
+    row = {
+      "text": "of_three_axes  + + + + x + + - + +",
+      "markdown": " | ".join("++++x++-++"),
+    }[format_]
+    self.assertIn(row, written)
+    self.assertRegex(written, r"\+ kept,? +x broken,? +- not tried")
+    self.assertNotIn("?", written)
+
+  def test_a_quick_audit_narrows_the_options_of_a_case(self):
+    case = MaskCase(
+      abs, X, where=X > 0, derivatives=("value", "jvp"), samples=3, strict=True
+    )
+    with mock.patch.object(_api, "check_mask_safe") as check:
+      check.return_value = fake_report(case)
+      _api_check = _api.check_case
+      with mock.patch.object(_audit, "check_case", _api_check):
+        _audit.check_loss(Loss("target", "abs", (case,)), quick=True)
+    _, options = check.call_args
+    self.assertEqual(options["derivatives"], ("value",))
+    self.assertEqual(options["samples"], 3)
+    self.assertEqual(options["transforms"], ("eager", "jit"))
+    self.assertIs(options["strict"], True)
+
+  def test_a_strict_case_fails_without_a_finding(self):
+    self.check.side_effect = lambda case: dataclasses.replace(
+      fake_report(case, {"empty": "there is nothing to try it on"}), strict=True
+    )
+    status, output, _ = self.audit("some_losses:made")
+    self.assertEqual(status, 1)
+    self.assertIn("0 of 1 loss clean", output)
+
+  def test_cases_are_merged(self):
+    reports = [
+      Report("a", (), {"empty": empty}, 1, 1.0, "x", notes)
+      for empty, notes in (
+        ("does not apply: no", ("one",)),
+        ("not now", ("one", "two")),
+      )
+    ]
+    merged = _audit.merge_reports("a", reports, 3.0)
+    self.assertEqual(merged.clauses, {"empty": "not now"})
+    self.assertEqual(merged.notes, ("one", "two"))
+
+
+SLOW_LOSSES = """
+  import os, pathlib, time
+  import numpy as np
+  from optax_masking.testing import MaskCase
+
+  def slow(x, where):
+    pathlib.Path(f"pid{os.getpid()}").touch()
+    time.sleep(600)
+
+  X = np.ones(3, "float32")
+  cases = [MaskCase(slow, X, where=X > 0) for _ in range(5)]
+"""
+
+
+@pytest.mark.slow
+class InterruptTest(parameterized.TestCase):
+  @parameterized.parameters(2, 1)
+  def test_interrupt(self, jobs):
+    """Ctrl-C ends the command and its processes at once."""
+    folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    (folder / "slow_losses.py").write_text(textwrap.dedent(SLOW_LOSSES))
+    command = [sys.executable, "-c", "from optax_masking._command import main;"]
+    command[-1] += "raise SystemExit(main())"
+    # A terminal sends Ctrl-C to the process and to those that it has started.
+    process = subprocess.Popen(
+      [*command, "audit", f"--jobs={jobs}", "slow_losses:cases"],
+      cwd=folder,
+      env={
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    )
+    self.addCleanup(process.kill)
+    deadline = time.monotonic() + 180
+    while len(pids := list(folder.glob("pid*"))) < jobs:
+      self.assertIsNone(process.poll())
+      self.assertLess(time.monotonic(), deadline)
+      time.sleep(0.1)
+    start = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    self.assertLess(time.monotonic() - start, 10)
+    self.assertEqual(process.returncode, 130)
+    self.assertEqual(output, "")
+    self.assertNotIn("Traceback", errors)
+    self.assertIn("interrupted", errors)
+    for pid in pids:
+      with self.assertRaises(ProcessLookupError):
+        os.kill(int(pid.name.removeprefix("pid")), 0)
+
+
+def test_pre_commit_hook():
+  """It runs the command that is installed, without the names of files."""
+  file = pathlib.Path(__file__).parents[1] / ".pre-commit-hooks.yaml"
+  if not file.exists():
+    pytest.skip("the hook is no part of a copy of the tests")
+  text = file.read_text()
+  assert text.count("- id: ") == 1
+  hook = dict(re.findall(r"(?m)^(?:- |  )(\w+): (.+)$", text))
+  assert len(hook) == len(text.splitlines())
+  assert hook["id"] == "optax-masking-audit"
+  assert hook["entry"] == f"{COMMAND.name} audit"
+  assert hook["language"] == "python"
+  assert hook["pass_filenames"] == "false"
+  assert "additional_dependencies" not in hook
+
+
+def test_actions_are_pinned():
+  """By a commit: a tag can be moved to other code."""
+  files = pathlib.Path(__file__).parents[1].glob(".github/**/*.yml")
+  uses = [x for f in files for x in re.findall(r"uses: (.+)", f.read_text())]
+  assert uses
+  for action in uses:
+    assert re.fullmatch(r"\./.+|[\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", action)
 
 
 @pytest.mark.slow

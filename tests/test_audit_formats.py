@@ -1,13 +1,16 @@
 """The formats of an audit hold what was found, and nothing else."""
 
+import contextlib
 import dataclasses
 import html.parser
 import itertools
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 from absl.testing import absltest, parameterized
 
@@ -129,6 +132,74 @@ def expected_state(report, clause):
   return told if told in ("kept", "broken", None) else "untried"
 
 
+INAPPLICABLE = "no integer argument names a class"
+NOTE = "Without a mask the gradient of `x` is nan, too."
+NOTED = Audit(
+  {
+    "optax": {
+      name: dataclasses.replace(
+        report(
+          name,
+          masked_label=f"does not apply: {INAPPLICABLE}",
+          honesty="no gradient shows it",
+        ),
+        notes=(NOTE,),
+      )
+      for name in ("l2_loss", "log_cosh")
+    }
+  },
+  {},
+  seconds=1234.56,
+)
+
+
+class NotesTest(parameterized.TestCase):
+  """What does not apply is no fault, and a note is told once."""
+
+  @parameterized.parameters("text", "markdown", "html", "json_text", "sarif")
+  def test_notes(self, write):
+    written = getattr(formats, write)(NOTED)
+    told = " ".join(re.sub(r"<[^>]*>|`", "", written).split())
+    times = 2 if write == "json_text" else 1
+    self.assertEqual(told.count("the gradient of x is nan"), times)
+
+  def test_text(self):
+    written = formats.text(NOTED)
+    self.assertRegex(written, r"(?m)^l2_loss +✓ ✓ ✓ ✓ ✓   ✓ · ✓ ✓$")
+    self.assertIn("not tried   blank: does not apply", written)
+    self.assertNotIn(INAPPLICABLE, written)
+    self.assertIn("not tried: honesty: no gradient shows it (2)", written)
+    self.assertIn("note on l2_loss, log_cosh: ", written)
+
+  @parameterized.parameters("text", "markdown", "html")
+  def test_wall_time(self, write):
+    """And not the sum of the seconds of all processes."""
+    written = getattr(formats, write)(NOTED)
+    self.assertIn("1,234.6", written)
+    self.assertNotIn("2.5", re.sub("(?s)<style>.*</style>", "", written))
+
+  def test_page(self):
+    page = Page(formats.html(NOTED).removeprefix("<!doctype html>"))
+    cells = [e for e in page.all("td") if "inapplicable" in e.classes()]
+    self.assertEqual(
+      [cell.text[1:] for cell in cells], [f"does not apply: {INAPPLICABLE}"] * 2
+    )
+    titles = [e.attributes.get("title") for e in page.all("span")]
+    self.assertEqual(titles.count(INAPPLICABLE), 2)
+
+  def test_json(self):
+    found = strict(formats.json_text(NOTED))["targets"]["optax"]["l2_loss"]
+    self.assertEqual(found["untried"], {"honesty": "no gradient shows it"})
+    self.assertEqual(found["notes"], [NOTE])
+
+  def test_losses_without_where_are_told_apart(self):
+    new = identify("optax", "l2_loss", UPSTREAM["l2_loss"].findings[0])
+    audit = Audit({"optax": UPSTREAM}, {}, new=frozenset({new}))
+    self.assertIn(
+      "2 without `where` (1 new), 5 findings (0 new)", formats.text(audit)
+    )
+
+
 class AuditTest(parameterized.TestCase):
   def test_sums(self):
     summaries = [AUDIT.summary(target) for target in AUDIT.reports]
@@ -141,7 +212,7 @@ class AuditTest(parameterized.TestCase):
 
   @parameterized.product(
     audit=ALL,
-    write=["text", "markdown", "json_text", "github", "html"],
+    write=["text", "markdown", "json_text", "github", "html", "sarif"],
   )
   def test_is_text_of_whole_lines(self, audit, write):
     """And can be written in UTF-8, whatever an error message holds."""
@@ -157,7 +228,7 @@ class AuditTest(parameterized.TestCase):
       "import sys; sys.modules['jinja2'] = None\n"
       "import optax_masking._command\n"
       "from optax_masking.testing import _audit_formats as formats\n"
-      "for name in ('text', 'markdown', 'json_text', 'github'):\n"
+      "for name in ('text', 'markdown', 'json_text', 'github', 'sarif'):\n"
       "  getattr(formats, name)(formats.Audit({'optax': {}}, {}))\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -215,8 +286,9 @@ class TextTest(parameterized.TestCase):
   def test_sums(self):
     written = formats.text(AGAINST_BASELINE)
     self.assertIn(
-      "\noptax: 2 of 5 losses clean, 7 findings (1 new), 2,005 cases, 2.5 s\n",
-      written,
+      "\noptax: 2 of 5 losses clean, 1 with broken clauses, 2 without `where`,"
+      " 5 findings (1 new), 2,005",
+      written.replace("\n  cases", " cases"),
     )
     self.assertIn("optax_masking: 4 of 4 losses clean, 0 findings", written)
     self.assertIn("not tried: takes no `where` (18); no labels (2)", written)
@@ -229,20 +301,28 @@ class TextTest(parameterized.TestCase):
       "✗ zero_gradient · new · labels · vjp wrt logits · float16",
       "at package/file.py:12 in function",
       FULL.message,
-      "✗ zero_gradient · labels · hessian wrt logits · float16",
+      "No longer found, of the baseline: 2",
+      "optax: 6 known findings, see --baseline",
+    ):
+      self.assertIn(part, flat)
+    for known in ("✗ honesty", "hessian", "✗ accepts"):
+      self.assertNotIn(known, flat)
+    flat = " ".join(formats.text(AUDIT).split())
+    for part in (
+      # They are told as one if a baseline does not tell them apart.
+      "labels · vjp wrt logits, hessian wrt logits · float16 · and 1 more",
       "TypeError: no two lines",
       "✗ honesty",
       "word0 word1 word2",
     ):
       self.assertIn(part, flat)
-    # They are told as one if a baseline does not tell them apart.
-    self.assertIn(
-      "labels · vjp wrt logits, hessian wrt logits · float16 · and 1 more",
-      " ".join(formats.text(AUDIT).split()),
-    )
     self.assertNotIn("word100", flat)
     self.assertNotIn("site-packages", flat)
-    self.assertIn("No longer found, of the baseline: 2", flat)
+
+  def test_new_findings_are_told_in_full(self):
+    new = identify("optax", LONG_NAME, FINDINGS[3])
+    audit = dataclasses.replace(AUDIT, new=frozenset({new}))
+    self.assertIn("word199", formats.text(audit))
 
   def test_findings_of_several_losses_are_told_once(self):
     written = formats.text(AUDIT)
@@ -351,13 +431,16 @@ class MarkdownTest(parameterized.TestCase):
     written = formats.markdown(AGAINST_BASELINE)
     page = Page(f"<main>{written}</main>")
     told = words(page.all("main")[0].text)
-    for part in (
-      AWKWARD.split(" \\ ")[0],
-      LONG,
-      FULL.message,
-      *AGAINST_BASELINE.gone,
-    ):
+    for part in (FULL.message, *AGAINST_BASELINE.gone):
       self.assertIn(words(part.split("\n")[0]), told)
+    for known in (LONG, AWKWARD.split(" \\ ")[0]):
+      self.assertNotIn(words(known), words(written.split("### ")[1]))
+    self.assertIn("6 known findings, see --baseline", written)
+    whole = words(
+      Page(f"<main>{formats.markdown(AUDIT)}</main>").all("main")[0].text
+    )
+    for part in (LONG, AWKWARD.split(" \\ ")[0].split("\n")[0]):
+      self.assertIn(words(part), whole)
     without_tags = re.sub(r"<[^>]*>", "", written)
     for character in "`[]<>$~_\\":
       self.assertNotIn(character, without_tags)
@@ -388,7 +471,10 @@ class JsonTest(parameterized.TestCase):
       read["targets"],
       {
         target: {
-          name: json.loads(json.dumps(report.to_dict()))
+          name: {
+            **json.loads(json.dumps(report.to_dict())),
+            "untried": report.untried,
+          }
           for name, report in reports.items()
         }
         for target, reports in audit.reports.items()
@@ -408,6 +494,8 @@ class JsonTest(parameterized.TestCase):
       {
         "losses": 5,
         "clean": 2,
+        "without_where": 2,
+        "new_without_where": 0,
         "findings": 7,
         "new": 1,
         "cases": 2005,
@@ -527,6 +615,79 @@ class GithubTest(parameterized.TestCase):
 
   def test_nothing_found(self):
     self.assertEqual(formats.github(Audit({"optax": MASKED}, {})), "")
+
+
+class SarifTest(parameterized.TestCase):
+  def result(self, finding, **options):
+    audit = Audit({"optax": {"loss": report("loss", finding)}}, {}, **options)
+    (run,) = strict(formats.sarif(audit))["runs"]
+    (result,) = run["results"]
+    return result
+
+  @parameterized.named_parameters(ALL)
+  def test_structure(self, audit):
+    """The properties that SARIF 2.1.0 requires, of their types."""
+    read = strict(formats.sarif(audit))
+    self.assertEqual(read["version"], "2.1.0")
+    self.assertIn("sarif-schema-2.1.0.json", read["$schema"])
+    (run,) = read["runs"]
+    rules = run["tool"]["driver"]["rules"]
+    self.assertTrue(run["tool"]["driver"]["name"])
+    self.assertEqual([rule["id"] for rule in rules], list(CLAUSES))
+    for rule in rules:
+      self.assertEqual(rule["shortDescription"]["text"], CLAUSES[rule["id"]])
+    for invocation in run["invocations"]:
+      self.assertIs(invocation["executionSuccessful"], True)
+    self.assertLen(run["results"], len(findings_of(audit)))
+    fingerprints = set()
+    for result in run["results"]:
+      self.assertEqual(rules[result["ruleIndex"]]["id"], result["ruleId"])
+      self.assertIn(result["level"], ("error", "note"))
+      self.assertTrue(result["message"]["text"])
+      (location,) = result["locations"]
+      for logical in location["logicalLocations"]:
+        self.assertTrue(logical["fullyQualifiedName"])
+      (fingerprint,) = result["partialFingerprints"].values()
+      self.assertIsInstance(fingerprint, str)
+      fingerprints.add(fingerprint)
+    self.assertLen(fingerprints, len(run["results"]))
+
+  def test_only_what_is_new_is_an_error(self):
+    (run,) = strict(formats.sarif(AGAINST_BASELINE))["runs"]
+    (error,) = (r for r in run["results"] if r["level"] == "error")
+    self.assertEqual(list(error["partialFingerprints"].values()), [NEW])
+    self.assertEqual(error["baselineState"], "new")
+    (run,) = strict(formats.sarif(AUDIT))["runs"]
+    self.assertEqual({r["level"] for r in run["results"]}, {"error"})
+
+  @parameterized.parameters(
+    ("tests/a b.py:12 in f", "tests/a%20b.py", 12),
+    ("/lib/c.py:4 in g, by way of tests/a b.py:3 in f", "tests/a%20b.py", 3),
+    ("tests/missing.py:12 in f", None, None),
+    ("../elsewhere.py:12 in f", None, None),
+    ("/elsewhere/b.py:12 in f", None, None),
+    ("<string>", None, None),
+    (None, None, None),
+  )
+  def test_place(self, source, uri, line):
+    folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    self.enter_context(contextlib.chdir(folder))
+    (folder / "tests").mkdir()
+    (folder / "tests" / "a b.py").touch()
+    (folder / "loss.py").touch()
+    finding = dataclasses.replace(FULL, source=source)
+    (location,) = self.result(finding)["locations"]
+    if uri is None:
+      self.assertNotIn("physicalLocation", location)
+    else:
+      place = location["physicalLocation"]
+      self.assertEqual(place["artifactLocation"]["uri"], uri)
+      self.assertEqual(place["region"], {"startLine": line})
+    # GitHub refuses what has no file: better the loss than nothing.
+    definitions = {"optax": {"loss": f"{folder / 'loss.py'}:7 in loss"}}
+    (location,) = self.result(finding, definitions=definitions)["locations"]
+    place = location["physicalLocation"]["artifactLocation"]
+    self.assertEqual(place["uri"], uri or "loss.py")
 
 
 def contrast(a, b):
@@ -689,7 +850,7 @@ class HtmlTest(parameterized.TestCase):
       self.assertTrue(all(e.text.strip() for e in page.all(empty)), empty)
 
   def test_a_broken_cell_opens_what_was_found(self):
-    page = Page(formats.html(AGAINST_BASELINE).removeprefix("<!doctype html>"))
+    page = Page(formats.html(AUDIT).removeprefix("<!doctype html>"))
     by_id = {e.attributes.get("id"): e for e in page.elements}
     opened = set()
     for link in page.all("a"):
@@ -752,6 +913,11 @@ class HtmlTest(parameterized.TestCase):
       self.assertIn(words(key), words(section.text))
     badges = [e for e in page.all("span") if "badge" in e.classes()]
     self.assertLen(badges, 1)
+    self.assertLen([e for e in page.all("tr") if "detail" in e.classes()], 1)
+    self.assertIn("6 known findings, see --baseline", page.all("main")[0].text)
+    self.assertTrue(
+      any(e.text.endswith("1 known finding") for e in page.all("b"))
+    )
     (link,) = (e for e in page.all("a") if e.text == NEW)
     self.assertEqual(
       link.attributes["href"], f"#optax/{LONG_NAME}/zero_gradient"

@@ -86,6 +86,33 @@ def test_options_of_pytest_choose_from_the_tests(run):
 
 
 @pytest.mark.slow
+def test_clauses_that_do_not_apply_are_skipped(run):
+  target = ("--mask-audit=losses:wrong", "--mask-audit-quick")
+  result = run(*target, "-rs", "-k", "masked_label")
+  result.assert_outcomes(skipped=1, deselected=9)
+  result.stdout.fnmatch_lines(
+    ["SKIPPED * wrong, masked_label: does not apply: no integer argument*"]
+  )
+
+
+@pytest.mark.slow
+def test_strict_cases_fail_if_a_clause_can_not_be_tried(run, pytester):
+  pytester.makepyfile(
+    cases="""
+    import numpy as np
+    from losses import right
+    from optax_masking.testing import MaskCase
+
+    X = np.ones((2, 3), "float32")
+    case = MaskCase(right, X, X, where=X > 0, masks=("all",), strict=True)
+    """
+  )
+  result = run("--mask-audit=cases:case", "--mask-audit-quick", "-k", "empty")
+  result.assert_outcomes(failed=1, deselected=9)
+  result.stdout.fnmatch_lines(["*right, empty could not be tried: *"])
+
+
+@pytest.mark.slow
 def test_several_targets(run):
   result = run(
     "--mask-audit=losses:right",

@@ -1,18 +1,22 @@
 """The command `audit`."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
+import jaxlib
+import numpy as np
+import optax
 
 import optax_masking
 from optax_masking._output import (
@@ -22,8 +26,17 @@ from optax_masking._output import (
   write,
 )
 from optax_masking.testing import Report, _audit, _audit_formats
+from optax_masking.testing._baseline import read_baseline, write_baseline
+from optax_masking.testing._find import Loss, find_losses
+from optax_masking.testing._guess import TargetError
+from optax_masking.testing._settings import read_settings
 
-FORMATS = ("text", "markdown", "json", "github", "html")
+FORMATS = ("text", "markdown", "json", "github", "html", "sarif")
+_DEFAULTS = {
+  "target": ["optax", "optax_masking"],
+  "format": "text",
+  "quick": False,
+}
 
 
 Reports = dict[str, dict[str, Report]]
@@ -40,7 +53,8 @@ def add_commands(commands: Any) -> None:
     ),
     epilog=(
       "Exit status: 0 without a finding (with --baseline: without a new one), 1"
-      " with findings, 2 if the command was used in a wrong way."
+      " with findings, 2 if the command was used in a wrong way, 130 after"
+      " Ctrl-C."
     ),
   )
   _add_selection(parser)
@@ -54,13 +68,14 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     "target",
     nargs="*",
     metavar="TARGET",
-    default=["optax", "optax_masking"],
     help=(
-      "optax, optax_masking (by default both, side by side), or"
-      " package.module:name of a loss, of a MaskCase or a list of them, or of a"
-      " function that returns these. The audit guesses the arguments of a loss:"
-      " arrays of shape (4, 5), integers of shape (4,) for arguments that are"
-      " named as labels or an index, and a mask for where or mask"
+      "optax, optax_masking, or package.module:name of a loss, of a MaskCase or"
+      " a list of them, or of a function that returns these; by default the"
+      " targets that pyproject.toml has in the table [tool.optax-masking], of"
+      " which the keys are targets and the names of options, or else optax and"
+      " optax_masking, side by side. The audit guesses the arguments of a loss:"
+      " arrays of one to four axes, integers for arguments that are named as"
+      " labels, and a mask for where or mask"
     ),
   )
   parser.add_argument(
@@ -72,7 +87,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     "--quick",
-    action="store_true",
+    action=argparse.BooleanOptionalAction,
     help="float32, values and gradients, without vmap, and fewer masks",
   )
   parser.add_argument(
@@ -90,8 +105,10 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--format",
     choices=FORMATS,
-    default="text",
-    help="text by default; html needs the extra optax_masking[report]",
+    help=(
+      "text by default; sarif is for code scanning; html needs the extra"
+      " optax_masking[report]"
+    ),
   )
   parser.add_argument(
     "--output",
@@ -126,46 +143,65 @@ def _add_baseline(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_audit(args: argparse.Namespace) -> int:
+  _complete(args)
   if args.update_baseline and not args.baseline:
     raise UsageError("--update-baseline needs --baseline FILE")
   also = [_format_and_file(each) for each in args.also]
   _check_page(args.format, args.also)
-  baseline: set[str] | None = None
-  if args.baseline and not args.update_baseline:
-    baseline = _read_baseline(args.baseline, args.quick)
-  losses = _find_losses(args)
-  for file in (*(file for _, file in also), args.output, args.baseline):
+  known: frozenset[str] = frozenset()
+  if args.baseline and not (
+    args.update_baseline and not os.path.lexists(args.baseline)
+  ):
+    known = read_baseline(args.baseline, args.quick)
+  updated = args.baseline if args.update_baseline else None
+  for file in (*(file for _, file in also), args.output, updated):
     if file is not None:
       check_writable(file)
+  losses = _find_losses(args)
+  start = time.perf_counter()
   reports = _check_losses(losses, args.quick, _jobs(args.jobs))
-
-  found = {
-    _audit_formats.identify(target, name, finding)
-    for target, reports_by_loss in reports.items()
-    for name, report in reports_by_loss.items()
-    for finding in report.findings
-  }
-  new: frozenset[str] | None = None
-  gone: tuple[str, ...] = ()
+  audit = _audit_formats.Audit(
+    reports,
+    _versions(),
+    quick=args.quick,
+    seconds=time.perf_counter() - start,
+    definitions={
+      loss.target: {x.name: x.definition for x in losses if x.definition}
+      for loss in losses
+    },
+  )
   audited = tuple(f"{loss.target}/{loss.name}/" for loss in losses)
-  if baseline is not None:
-    new = frozenset(found - baseline)
-    gone = tuple(sorted(e for e in baseline - found if e.startswith(audited)))
-  audit = _audit_formats.Audit(reports, _versions(), new, gone, args.quick)
+  if args.baseline and not args.update_baseline:
+    audit = audit.against(known, audited)
   for name, file in (*also, (args.format, args.output)):
     write(_formatted(audit, name, file), file)
   if args.update_baseline:
-    _update_baseline(args, found, audited)
+    _update_baseline(args, known, audit.found, audited)
     return 0
-  return 1 if (found if new is None else new) else 0
+  counted = audit.found if audit.new is None else audit.new
+  return 1 if counted or audit.failures_of_strict else 0
 
 
-def _find_losses(args: argparse.Namespace) -> list[_audit.Loss]:
+def _complete(args: argparse.Namespace) -> None:
+  """Fills in what the command line leaves out.
+
+  It comes from pyproject.toml if no TARGET is given, and else is the default.
+  """
+  given = vars(args)
+  settings = {} if args.target else read_settings(FORMATS)
+  if "targets" in settings:
+    settings["target"] = settings.pop("targets")
+  for key, value in {**_DEFAULTS, **settings}.items():
+    if given[key] in (None, []):
+      given[key] = value
+
+
+def _find_losses(args: argparse.Namespace) -> list[Loss]:
   losses = []
   try:
     for target in dict.fromkeys(args.target):
-      losses += _audit.find_losses(target, args.loss)
-  except _audit.TargetError as error:
+      losses += find_losses(target, args.loss)
+  except TargetError as error:
     raise UsageError(str(error)) from None
   return losses
 
@@ -178,18 +214,18 @@ def _jobs(requested: int | None) -> int:
   return requested
 
 
-def _check_losses(
-  losses: Sequence[_audit.Loss], quick: bool, jobs: int
-) -> Reports:
+def _check_losses(losses: Sequence[Loss], quick: bool, jobs: int) -> Reports:
   """Checks losses; returns their reports by target and name, in their order."""
   done: dict[tuple[str, str], Report] = {}
   progress = _Progress(len(losses))
   progress.show(0, f"{losses[0].target} {losses[0].name}")
+  checked = _audit.check_losses(losses, quick, jobs)
   try:
-    for loss, report in _audit.check_losses(losses, quick, jobs):
-      done[loss.target, loss.name] = report
-      progress.show(len(done), f"{loss.target} {loss.name}")
-  except _audit.TargetError as error:
+    with contextlib.closing(checked):
+      for loss, report in checked:
+        done[loss.target, loss.name] = report
+        progress.show(len(done), f"{loss.target} {loss.name}")
+  except TargetError as error:
     raise UsageError(str(error)) from None
   finally:
     progress.end()
@@ -200,20 +236,21 @@ def _check_losses(
 
 
 def _update_baseline(
-  args: argparse.Namespace, found: set[str], audited: tuple[str, ...]
+  args: argparse.Namespace,
+  known: Set[str],
+  found: Set[str],
+  audited: tuple[str, ...],
 ) -> None:
   """Writes the findings to the baseline, which keeps those of other losses.
 
   Args:
     args: The options of the command.
-    found: The identifiers of the findings.
+    known: The findings in the baseline.
+    found: The findings of the audit.
     audited: The beginnings of the identifiers of all audited losses.
   """
-  before: set[str] = set()
-  if os.path.exists(args.baseline):
-    before = _read_baseline(args.baseline, args.quick)
-  others = {each for each in before if not each.startswith(audited)}
-  _write_baseline(args.baseline, found | others, args.quick)
+  others = {each for each in known if not each.startswith(audited)}
+  write_baseline(args.baseline, found | others, args.quick)
   print(
     f"{args.baseline}: {len(found)} findings of these losses, {len(others)} of"
     " others",
@@ -251,59 +288,36 @@ def _formatted(audit: _audit_formats.Audit, name: str, file: str | None) -> str:
     "json": _audit_formats.json_text,
     "github": _audit_formats.github,
     "html": _audit_formats.html,
+    "sarif": _audit_formats.sarif,
   }[name](audit)
 
 
 def _versions() -> dict[str, str]:
-  versions = {
-    name: importlib.metadata.version(name)
-    for name in ("optax", "jax", "jaxlib", "numpy")
-  }
-  return {
-    "optax_masking": optax_masking.__version__,
-    **versions,
-    "python": platform.python_version(),
-  }
+  """Of the packages that were imported, which may not be the installed ones."""
+  versions = {"optax_masking": optax_masking.__version__}
+  for module in (optax, jax, jaxlib, np):
+    name = module.__name__
+    versions[name] = module.__version__
+    if not _is_installed(name, module):
+      versions[name] += f" ({pathlib.Path(module.__file__ or '').parent})"
+  return {**versions, "python": platform.python_version()}
+
+
+def _is_installed(name: str, module: types.ModuleType) -> bool:
+  """Whether the module is a file of the installed distribution."""
+  try:
+    distribution = importlib.metadata.distribution(name)
+  except importlib.metadata.PackageNotFoundError:
+    return False
+  installed = pathlib.Path(str(distribution.locate_file(name)), "__init__.py")
+  imported = pathlib.Path(module.__file__ or "")
+  return installed.resolve() == imported.resolve()
 
 
 def _processors() -> int:
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
-
-
-def _read_baseline(file: str, quick: bool) -> set[str]:
-  try:
-    content = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
-    findings, baseline_is_quick = content["findings"], content["quick"]
-    if content["schema"] != 1 or not isinstance(findings, list):
-      raise ValueError("its schema is not 1")
-  except FileNotFoundError:
-    raise UsageError(
-      f"there is no {file}; write it with --baseline {file} --update-baseline"
-    ) from None
-  except (OSError, KeyError, TypeError, ValueError) as error:
-    raise UsageError(
-      f"{file} is no baseline ({type(error).__name__}: {error}); write one with"
-      f" --baseline FILE --update-baseline"
-    ) from None
-  if baseline_is_quick != quick:
-    audit, use = ("quick", "with") if baseline_is_quick else ("full", "without")
-    raise UsageError(
-      f"{file} is the baseline of a {audit} audit; use it {use} --quick"
-    )
-  return set(map(str, findings))
-
-
-def _write_baseline(file: str, found: set[str], quick: bool) -> None:
-  content: Mapping[str, object] = {
-    "schema": 1,
-    "quick": quick,
-    "findings": sorted(found),
-  }
-  pathlib.Path(file).write_text(
-    json.dumps(content, indent=2) + "\n", encoding="utf-8"
-  )
 
 
 class _Progress:

@@ -1,4 +1,4 @@
-"""An audit as text, Markdown, JSON, annotations of a workflow or a page.
+"""An audit as text, Markdown, JSON, SARIF, annotations or a page.
 
 Each format is a function of an `Audit`. The text that it returns ends with a
 newline, or is empty. Names, messages and sources are data: each format escapes
@@ -12,6 +12,7 @@ from optax_masking.testing._audit_formats._common import (
 from optax_masking.testing._audit_formats._github import github as github
 from optax_masking.testing._audit_formats._json import json_text as json_text
 from optax_masking.testing._audit_formats._markdown import markdown as markdown
+from optax_masking.testing._audit_formats._sarif import sarif as sarif
 from optax_masking.testing._audit_formats._text import text as text
 
 

@@ -5,10 +5,16 @@ import dataclasses
 import re
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from optax_masking.testing._report import CLAUSES, Finding, Report
+from optax_masking.testing._find import WITHOUT_WHERE
+from optax_masking.testing._report import (
+  CLAUSES,
+  NOT_APPLICABLE,
+  Finding,
+  Report,
+)
 
 # Categories of characters that steer a terminal: escape, line breaks and such.
 _STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -19,10 +25,49 @@ class Summary(NamedTuple):
 
   losses: int
   clean: int
+  without_where: int
+  new_without_where: int
   findings: int
   new: int | None
   cases: int
   seconds: float
+
+  @property
+  def broken(self) -> int:
+    """How many losses take a mask, and break a clause."""
+    return self.losses - self.clean - self.without_where
+
+  @property
+  def known(self) -> int:
+    """How many findings the baseline has."""
+    return 0 if self.new is None else self.findings - self.new
+
+  @property
+  def losses_in_words(self) -> str:
+    """How many losses are clean, and what of the others."""
+    return f"{self.clean:,} {self.others_in_words}"
+
+  @property
+  def others_in_words(self) -> str:
+    """The same without the number of clean losses, which comes before it."""
+    parts = [f"of {count(self.losses, 'loss', 'losses')} clean"]
+    if self.broken:
+      parts.append(f"{self.broken:,} with broken clauses")
+    if self.without_where:
+      new = self.new_without_where
+      parts.append(
+        f"{self.without_where:,} without `where`"
+        + (f" ({new:,} new)" if new else "")
+      )
+    return ", ".join(parts)
+
+  @property
+  def findings_in_words(self) -> str:
+    """How many findings there are, but for those that a mask is missing."""
+    text = count(self.findings - self.without_where, "finding")
+    if self.new is None:
+      return text
+    return f"{text} ({self.new - self.new_without_where:,} new)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +114,9 @@ class Audit:
       them. None without a baseline.
     gone: The findings of the baseline that were not made.
     quick: Whether only part of the masks, dtypes and derivatives was tried.
+    seconds: How long all of it took. None if that is not known.
+    definitions: For each target, where each loss is defined, by name, as
+      "file.py:12 in function".
   """
 
   reports: Mapping[str, Mapping[str, Report]]
@@ -76,10 +124,46 @@ class Audit:
   new: frozenset[str] | None = None
   gone: tuple[str, ...] = ()
   quick: bool = False
+  seconds: float | None = None
+  definitions: Mapping[str, Mapping[str, str]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def title(self) -> str:
     return f"{'Quick audit' if self.quick else 'Audit'} of the mask contract"
+
+  @property
+  def found(self) -> frozenset[str]:
+    """All findings, as `identify` names them."""
+    return frozenset(
+      identify(target, name, finding)
+      for target, reports in self.reports.items()
+      for name, report in reports.items()
+      for finding in report.findings
+    )
+
+  @property
+  def failures_of_strict(self) -> bool:
+    """Whether a strict check fails without a finding."""
+    return any(
+      not report.ok and not report.findings
+      for reports in self.reports.values()
+      for report in reports.values()
+    )
+
+  def against(self, known: Set[str], audited: tuple[str, ...]) -> "Audit":
+    """The audit next to a baseline.
+
+    Args:
+      known: The findings of the baseline.
+      audited: The beginnings of the identifiers of all audited losses.
+    """
+    found = self.found
+    gone = sorted(e for e in known - found if e.startswith(audited))
+    return dataclasses.replace(
+      self, new=frozenset(found - known), gone=tuple(gone)
+    )
 
   def is_new(self, target: str, name: str, finding: Finding) -> bool:
     """Whether there is a baseline that does not have the finding."""
@@ -88,16 +172,18 @@ class Audit:
   def summary(self, target: str) -> Summary:
     """The numbers of a target."""
     reports = self.reports[target]
-    new = [
-      self.is_new(target, name, finding)
+    new = {
+      name: sum(self.is_new(target, name, f) for f in report.findings)
       for name, report in reports.items()
-      for finding in report.findings
-    ]
+    }
+    without_where = [n for n, report in reports.items() if _lacks_where(report)]
     return Summary(
       losses=len(reports),
       clean=sum(report.ok for report in reports.values()),
-      findings=len(new),
-      new=None if self.new is None else sum(new),
+      without_where=len(without_where),
+      new_without_where=sum(new[name] for name in without_where),
+      findings=sum(len(report.findings) for report in reports.values()),
+      new=None if self.new is None else sum(new.values()),
       cases=sum(report.cases for report in reports.values()),
       seconds=sum(report.seconds for report in reports.values()),
     )
@@ -120,10 +206,17 @@ class Audit:
   def losses_by_findings(
     self, target: str
   ) -> Iterator[tuple[list[str], list[FindingGroup]]]:
-    """The losses with findings, those together that have the same ones."""
+    """The losses with findings, those together that have the same ones.
+
+    With a baseline, only those that are new.
+    """
     losses = collections.defaultdict(list)
     for name in self.reports[target]:
-      groups = self.finding_groups(target, name)
+      groups = [
+        group
+        for group in self.finding_groups(target, name)
+        if group.new or self.new is None
+      ]
       if groups:
         alike = tuple(
           (
@@ -149,12 +242,16 @@ def identify(target: str, name: str, finding: Finding) -> str:
 # Clauses.
 
 
+def _lacks_where(report: Report) -> bool:
+  return WITHOUT_WHERE in report.clauses.values()
+
+
 class ClauseStatus(NamedTuple):
   """What became of a clause on a loss.
 
   Attributes:
-    status: "kept", "broken", "untried" or "unasked".
-    reason: Why the clause was not tried, if it is untried.
+    status: "kept", "broken", "untried", "inapplicable" or "unasked".
+    reason: Why the clause was not tried or does not apply.
   """
 
   status: str
@@ -173,21 +270,40 @@ def clause_statuses(report: Report) -> dict[str, ClauseStatus]:
       statuses[clause] = ClauseStatus("kept")
     elif reported is None:
       statuses[clause] = ClauseStatus("unasked")
+    elif reported.startswith(NOT_APPLICABLE):
+      reason = reported.removeprefix(NOT_APPLICABLE).lstrip(": ")
+      statuses[clause] = ClauseStatus("inapplicable", reason)
     else:
       statuses[clause] = ClauseStatus("untried", reported)
   return statuses
 
 
 def untried_by_reason(
-  reports: Mapping[str, Report],
+  reports: Mapping[str, Report], status: str = "untried"
 ) -> dict[str, list[tuple[str, str]]]:
-  """The losses and clauses that were not tried, the frequent reasons first."""
+  """The losses and clauses that were not tried, the frequent reasons first.
+
+  Or those with another status that has reasons.
+  """
   found = collections.defaultdict(list)
   for name, report in reports.items():
-    for clause, (status, reason) in clause_statuses(report).items():
-      if status == "untried":
+    for clause, (found_status, reason) in clause_statuses(report).items():
+      if found_status == status:
         found[reason].append((name, clause))
   return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def notes_of_losses(reports: Mapping[str, Report]) -> dict[str, list[str]]:
+  """Each note, with the losses that it is about."""
+  found = collections.defaultdict(list)
+  for name, report in reports.items():
+    for note in report.notes:
+      found[note].append(name)
+  return dict(found)
+
+
+def describe_known(number: int) -> str:
+  return f"{count(number, 'known finding')}, see --baseline"
 
 
 def describe_untried(untried: Sequence[tuple[str, str]]) -> str:

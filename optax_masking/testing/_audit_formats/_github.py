@@ -43,7 +43,7 @@ def _command(kind: str, title: str, group: FindingGroup) -> str:
   place = re.match(r"(.+?):(\d+)(?= in |, |$)", first.source or "")
   if place:
     file, number = place.groups()
-    properties = {"file": _relative(file), "line": number, **properties}
+    properties = {"file": relative(file), "line": number, **properties}
   escaped = (f"{k}={_escape_property(v)}" for k, v in properties.items())
   lines = [
     first.message,
@@ -54,7 +54,7 @@ def _command(kind: str, title: str, group: FindingGroup) -> str:
   return f"::{kind} {','.join(escaped)}::{_escape(message)}"
 
 
-def _relative(file: str) -> str:
+def relative(file: str) -> str:
   """The path from the working directory, if it is below."""
   path = pathlib.Path(os.path.abspath(file))
   here = pathlib.Path.cwd()

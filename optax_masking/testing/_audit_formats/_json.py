@@ -17,14 +17,18 @@ def json_text(audit: Audit) -> str:
       program must ignore keys that it does not know.
     versions: The versions of the packages involved, by name.
     quick: Whether only part of the masks, dtypes and derivatives was tried.
+    seconds: How long the audit took, null if that is not known.
     targets: For each target, its losses by name. Of each loss:
       name: The name of the loss.
       ok: Whether nothing was found.
       cases: How many results were compared.
-      seconds: How long it took.
+      seconds: How long it took, in a process of its own.
       data: The dtypes and shapes that the loss was called with.
       clauses: For each clause that was asked for, "kept", "broken", or why it
-        could not be tried on this loss.
+        could not be tried on this loss. If it begins with "does not apply",
+        nothing was to be tried.
+      untried: The clauses that could not be tried, each with the reason.
+      notes: Remarks on what is no fault of the mask, a list.
       findings: What breaks the contract, a list. Of each finding, null where
         it does not apply:
         key: The clause, `argument`, `derivative`, `wrt` and `dtype`, with a
@@ -53,10 +57,13 @@ def json_text(audit: Audit) -> str:
     summary: The numbers of each target, by its name:
       losses: How many losses it has.
       clean: About how many of them nothing was found.
+      without_where: How many take no mask. Each has one finding, "accepts".
+      new_without_where: How many of these findings are new.
       findings: How many findings were made.
       new: How many of them are new, null without a baseline.
       cases: How many results were compared.
-      seconds: How long it took.
+      seconds: The sum of the seconds of its losses, of which several may be
+        checked at a time.
   """
   document = _to_json(_document(audit))
   return json.dumps(document, indent=2, allow_nan=False) + "\n"
@@ -71,8 +78,12 @@ def _document(audit: Audit) -> dict[str, Any]:
     "schema": 1,
     "versions": audit.versions,
     "quick": audit.quick,
+    "seconds": audit.seconds and round(audit.seconds, 3),
     "targets": {
-      target: {name: report.to_dict() for name, report in reports.items()}
+      target: {
+        name: {**report.to_dict(), "untried": report.untried}
+        for name, report in reports.items()
+      }
       for target, reports in audit.reports.items()
     },
     "new": None if audit.new is None else sorted(audit.new),

@@ -8,8 +8,10 @@ from optax_masking.testing._audit_formats._common import (
   FindingGroup,
   clause_statuses,
   count,
+  describe_known,
   describe_untried,
   join_unique,
+  notes_of_losses,
   one_line,
   short_source,
   spell_out,
@@ -18,15 +20,23 @@ from optax_masking.testing._audit_formats._common import (
 )
 from optax_masking.testing._report import CLAUSES
 
-_SYMBOLS = {"kept": "✅", "broken": "❌", "untried": "·", "unasked": " "}
+_SYMBOLS = {
+  "kept": "✅",
+  "broken": "❌",
+  "untried": "·",
+  "inapplicable": " ",
+  "unasked": " ",
+}
 
 
 def markdown(audit: Audit) -> str:
   """A table for each target; what breaks the clauses is folded up below."""
   kind = "quick audit" if audit.quick else "audit"
   lines = [f"## Mask contract: {kind}", ""]
-  versions = [f"{_escape(k)} {_escape(v)}" for k, v in audit.versions.items()]
-  lines += [" · ".join(versions), ""] if versions else []
+  head = [f"{_escape(k)} {_escape(v)}" for k, v in audit.versions.items()]
+  if audit.seconds is not None:
+    head.append(f"took {audit.seconds:,.1f} s")
+  lines += [" · ".join(head), ""] if head else []
   lines += _summary_table(audit)
   for word, keys in (("New", sorted(audit.new or ())), ("Gone", audit.gone)):
     if keys:
@@ -35,25 +45,33 @@ def markdown(audit: Audit) -> str:
   for target in audit.reports:
     lines += _section(audit, target)
   clauses = [f"- **{_escape(c)}**: {_escape(CLAUSES[c])}" for c in CLAUSES]
-  legend = "✅ kept, ❌ broken, · not tried: the clauses"
+  legend = (
+    "✅ kept, ❌ broken, · not tried, empty: does not apply, or was left out:"
+    " the clauses"
+  )
   lines += ["", *_folded(legend, clauses)]
   return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _summary_table(audit: Audit) -> Iterator[str]:
   """The numbers of each target."""
-  heads = ["target", "clean losses", "findings", "cases", "seconds"]
+  heads = ["target", "clean", "broken", "without where", "findings"]
   if audit.new is not None:
-    heads.insert(3, "new")
+    heads.append("new")
+  heads.append("cases")
   yield _row(heads)
   yield _row([":--"] + ["--:"] * (len(heads) - 1))
   for target in audit.reports:
     numbers = audit.summary(target)
     cells = [_code(target), f"{numbers.clean:,} of {numbers.losses:,}"]
-    cells.append(f"{numbers.findings:,}")
-    if numbers.new is not None:
-      cells.append(f"{numbers.new:,}")
-    yield _row([*cells, f"{numbers.cases:,}", f"{numbers.seconds:,.1f}"])
+    counts = [
+      numbers.broken,
+      numbers.without_where,
+      numbers.findings - numbers.without_where,
+      *([] if numbers.new is None else [numbers.new]),
+      numbers.cases,
+    ]
+    yield _row([*cells, *(f"{number:,}" for number in counts)])
 
 
 def _section(audit: Audit, target: str) -> Iterator[str]:
@@ -71,12 +89,25 @@ def _section(audit: Audit, target: str) -> Iterator[str]:
     each = " each" if len(names) > 1 else ""
     summary = f"{', '.join(map(_code, names))}: {found}{each}"
     yield from _folded(summary, [_item(group) for group in groups])
-  items = [
-    f"- {_prose(reason)}: {_escape(describe_untried(untried))}"
-    for reason, untried in untried_by_reason(reports).items()
+  known = audit.summary(target).known
+  if known:
+    yield from [f"**{_escape(describe_known(known))}**", ""]
+  for title, status in (
+    ("Not tried", "untried"),
+    ("Does not apply", "inapplicable"),
+  ):
+    items = [
+      f"- {_prose(reason)}: {_escape(describe_untried(untried))}"
+      for reason, untried in untried_by_reason(reports, status).items()
+    ]
+    if items:
+      yield from _folded(title, items)
+  notes = [
+    f"- {', '.join(map(_code, names))}: {_prose(note)}"
+    for note, names in notes_of_losses(reports).items()
   ]
-  if items:
-    yield from _folded("Not tried", items)
+  if notes:
+    yield from _folded("Notes", notes)
 
 
 def _item(group: FindingGroup) -> str:

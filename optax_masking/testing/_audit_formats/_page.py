@@ -4,6 +4,7 @@ The page has no scripts and loads nothing: its stylesheet, `page.css`, is in it.
 The functions here prepare what the template shows.
 """
 
+import collections
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -16,9 +17,11 @@ from optax_masking.testing._audit_formats._common import (
   clause_statuses,
   count,
   describe_derivative,
+  describe_known,
   describe_untried,
   identify,
   join_unique,
+  notes_of_losses,
   short_source,
   shorten,
   spell_out,
@@ -54,6 +57,7 @@ def html(audit: Audit) -> str:
   return environment.get_template("page.html.jinja").render(
     title=audit.title,
     versions=audit.versions,
+    seconds=audit.seconds,
     baseline=_baseline(audit),
     targets=[_target(audit, target) for target in audit.reports],
     clauses=CLAUSES,
@@ -92,11 +96,17 @@ def _baseline(audit: Audit) -> dict[str, Any] | None:
 def _target(audit: Audit, target: str) -> dict[str, Any]:
   reports = audit.reports[target]
   numbers = audit.summary(target)
+  losses = [_loss(audit, target, name) for name in reports]
   return {
     "name": target,
     "numbers": numbers,
     "percent": 100 * numbers.clean / numbers.losses if numbers.losses else 100,
-    "losses": [_loss(audit, target, name) for name in reports],
+    "known": describe_known(numbers.known) if numbers.known else "",
+    "losses": losses,
+    "opens": any(loss["details"] for loss in losses),
+    "notes": {
+      note: ", ".join(names) for note, names in notes_of_losses(reports).items()
+    },
     "untried": {
       reason: describe_untried(untried)
       for reason, untried in untried_by_reason(reports).items()
@@ -105,17 +115,21 @@ def _target(audit: Audit, target: str) -> dict[str, Any]:
 
 
 def _loss(audit: Audit, target: str, name: str) -> dict[str, Any]:
-  """The row of a loss: its cells, and by clause the findings that they open."""
+  """The row of a loss: its cells, and by clause the findings that they open.
+
+  With a baseline, only new findings are shown.
+  """
   report = audit.reports[target][name]
   details: dict[str, list[dict[str, Any]]] = {}
   for clause in CLAUSES:
     found = [
-      {"new": audit.is_new(target, name, finding), **_finding(finding)}
+      {"new": audit.new is not None, **_finding(finding)}
       for finding in report.findings
       if finding.clause == clause
+      and (audit.new is None or audit.is_new(target, name, finding))
     ]
     if found:
-      details[clause] = sorted(found, key=lambda finding: not finding["new"])
+      details[clause] = found
   return {
     "name": name,
     "cells": list(_cells(report, details)),
@@ -128,6 +142,7 @@ def _cells(
 ) -> Iterator[dict[str, Any]]:
   """The cells of a loss, one for three or more not tried for one reason."""
   statuses = list(clause_statuses(report).items())
+  numbers = collections.Counter(f.clause for f in report.findings)
   while statuses:
     clause, status = statuses[0]
     span = _run_length([status for _, status in statuses])
@@ -140,7 +155,8 @@ def _cells(
       "reason": status.reason,
       "short_reason": shorten(status.reason, 72),
       "span": span,
-      "findings": len(details.get(clause, ())),
+      "findings": numbers[clause],
+      "opens": clause in details,
       "new": any(finding["new"] for finding in details.get(clause, ())),
     }
 

@@ -8,7 +8,9 @@ from optax_masking.testing._audit_formats._common import (
   FindingGroup,
   clause_statuses,
   count,
+  describe_known,
   join_unique,
+  notes_of_losses,
   one_line,
   short_source,
   untried_by_reason,
@@ -21,8 +23,15 @@ _COLUMNS = 100
 _NAME_COLUMNS = 41  # softmax_cross_entropy_with_integer_labels
 # Where the name of a clause is too long to stand above its column.
 _HEADINGS = {"clean_arithmetic": "arithmetic"}
-_SYMBOLS = {"kept": "✓", "broken": "✗", "untried": "·", "unasked": " "}
+_SYMBOLS = {
+  "kept": "✓",
+  "broken": "✗",
+  "untried": "·",
+  "inapplicable": " ",
+  "unasked": " ",
+}
 _LEGEND = {"kept": "kept", "broken": "broken", "untried": "not tried"}
+_BLANK = "blank: does not apply, or was left out"
 
 # Parameters of the control sequence that sets colours.
 _BOLD, _DIM, _RED, _GREEN = "1", "2", "31", "32"
@@ -44,6 +53,8 @@ def text(audit: Audit, color: bool = False) -> str:
 
   versions = ", ".join(f"{k} {v}" for k, v in audit.versions.items())
   lines = [paint(audit.title, _BOLD)]
+  if audit.seconds is not None:
+    lines[0] += f", {audit.seconds:,.1f} s"
   lines += [paint(line, _DIM) for line in _wrap(versions)]
   for targets in _side_by_side(audit):
     lines += ["", *_table(audit, targets, paint)]
@@ -51,6 +62,13 @@ def text(audit: Audit, color: bool = False) -> str:
     f"{paint(_SYMBOLS[status], _SHADES[status])} {word}"
     for status, word in _LEGEND.items()
   ]
+  blank = {"inapplicable", "unasked"} & {
+    status
+    for reports in audit.reports.values()
+    for report in reports.values()
+    for status, _ in clause_statuses(report).values()
+  }
+  legend += [_BLANK] if blank else []
   lines += ["", "   ".join(legend), ""]
   for target in audit.reports:
     lines += _summary_lines(audit, target, paint)
@@ -156,12 +174,9 @@ def _cells(
 def _summary_lines(audit: Audit, target: str, paint: Paint) -> Iterator[str]:
   """The numbers of a target, and why clauses were not tried."""
   numbers = audit.summary(target)
-  found = count(numbers.findings, "finding")
-  found += "" if numbers.new is None else f" ({numbers.new:,} new)"
-  losses = count(numbers.losses, "loss", "losses")
   for line in _wrap(
-    f"{target}: {numbers.clean:,} of {losses} clean, {found},"
-    f" {count(numbers.cases, 'case')}, {numbers.seconds:,.1f} s",
+    f"{target}: {numbers.losses_in_words}, {numbers.findings_in_words},"
+    f" {count(numbers.cases, 'case')}",
     subsequent="  ",
   ):
     yield paint(line, _GREEN if numbers.clean == numbers.losses else _RED)
@@ -171,6 +186,10 @@ def _summary_lines(audit: Audit, target: str, paint: Paint) -> Iterator[str]:
     shown.append(count(len(reasons) - 5, "other reason"))
   if shown:
     for line in _wrap(f"not tried: {'; '.join(shown)}", "  ", "    "):
+      yield paint(line, _DIM)
+
+  for note, names in notes_of_losses(audit.reports[target]).items():
+    for line in _wrap(f"note on {', '.join(names)}: {note}", "  ", "    "):
       yield paint(line, _DIM)
 
 
@@ -192,6 +211,10 @@ def _finding_lines(audit: Audit, target: str, paint: Paint) -> Iterator[str]:
       first, *rest = _group_lines(group, mark)
       yield first.replace(mark, paint(mark, _RED), 1)
       yield from rest
+  known = audit.summary(target).known
+  if known:
+    yield ""
+    yield from _wrap(f"{target}: {describe_known(known)}", subsequent="  ")
 
 
 def _group_lines(group: FindingGroup, mark: str) -> list[str]:
@@ -202,5 +225,6 @@ def _group_lines(group: FindingGroup, mark: str) -> list[str]:
   if source and len(f"  {head} · {source}") <= _COLUMNS:
     head, source = f"{head} · {source}", ""
   lines = _wrap(head, "  ", "    ")
-  lines += _wrap(group.message, "    ", "    ", most=2)
+  most = None if group.new else 2
+  lines += _wrap(group.message, "    ", "    ", most)
   return lines + (_wrap(source, "    ", "    ") if source else [])
