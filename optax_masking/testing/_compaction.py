@@ -101,7 +101,7 @@ def _evaluate(
   run: Run, resized: Resized, values: Sequence[np.ndarray]
 ) -> dict[int | None, np.ndarray]:
   """The value and the gradients of the loss of the data of another size."""
-  weights = resized.of_result(weights_of(run))
+  weights = (resized.of_weights or resized.of_result)(weights_of(run))
   row: tuple[Any, ...] = (resized.values(values), weights)
   if run.unmasked is not None and resized.where.all():
     return {k: x[0] for k, x in run.plain([row]).items()}

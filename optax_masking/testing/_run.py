@@ -61,8 +61,6 @@ class Run:
     default_factory=collections.Counter
   )
 
-  # What follows from these.
-
   @functools.cached_property
   def dtype(self) -> str:
     first = self.problem.arguments[self.problem.floats[0]]

@@ -25,9 +25,10 @@ class Resized:
     of_result: Takes the entries of the full result that the other one has.
     of_argument: The same for the gradients, None for one that can't be
       compared.
-    back: Takes the entries of the other result that the full one has.
-    back_of_argument: The same for the gradients.
     how: A description, to be put after "with".
+    back: Takes the entries of the other result that the full one has.
+    of_weights: Makes the cotangents of the other result of those of the full
+      one, by default as `of_result`.
   """
 
   values: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
@@ -36,6 +37,7 @@ class Resized:
   of_argument: tuple[Take | None, ...]
   how: str
   back: Take = lambda x: x
+  of_weights: Take | None = None
 
 
 def _same(x: np.ndarray) -> np.ndarray:
@@ -45,6 +47,13 @@ def _same(x: np.ndarray) -> np.ndarray:
 def _rename(kept: np.ndarray, x: np.ndarray) -> np.ndarray:
   """Renames classes to their positions among those that are kept."""
   return np.searchsorted(kept, x).astype(x.dtype)
+
+
+def _padded(axes: Axes, axis: int, count: int, x: np.ndarray) -> np.ndarray:
+  """Adds zeros along an axis of the mask."""
+  if axis not in axes:
+    return x
+  return np.pad(x, [(0, count if a == axis else 0) for a in axes])
 
 
 def _constant(value: np.ndarray, _: np.ndarray) -> np.ndarray:
@@ -312,6 +321,7 @@ def extended(run: Run, mask: str, axis: int, count: int) -> Resized | None:
     tuple(fewer(a.axes) for a in arguments),
     f"{count} masked {'rows' if axis == 0 else 'elements'} more",
     back=fewer(run.result_axes),
+    of_weights=functools.partial(_padded, run.result_axes, axis, count),
   )
 
 

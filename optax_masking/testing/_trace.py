@@ -246,12 +246,17 @@ def source(step: Step) -> tuple[str | None, str | None]:
   if not frames:
     return None, None
   inner = frames[0]
-  own = next((f for f in frames if not f.file_name.startswith(_LOSSES)), inner)
+  own = next((f for f in frames if _is_of_the_user(f.file_name)), inner)
   text = linecache.getline(own.file_name, own.line_num).strip() or None
   place = _place(own)
   if own is not inner:
     place += f", by way of {_place(inner)}"
   return place, text
+
+
+def _is_of_the_user(file: str) -> bool:
+  installed = f"{os.sep}site-packages{os.sep}" in file
+  return not installed and not file.startswith(_LOSSES)
 
 
 def _place(frame: Any) -> str:
