@@ -625,7 +625,7 @@ PROMPTED = {
 }
 
 
-@correct((EMBEDDED, PROMPTED), "batch['loss_mask']", note="leaves it")
+@correct((EMBEDDED, PROMPTED), "batch['loss_mask']", note="never replaces")
 def step_with_an_embedding(params, batch):
   """The mask is one of losses: it does not keep the model from its tokens."""
   m = batch["loss_mask"]
@@ -637,7 +637,7 @@ def step_with_an_embedding(params, batch):
 @correct(
   (EMBEDDED, PROMPTED),
   "batch['loss_mask']",
-  note="leaves it",
+  note="never replaces",
   skip=("compaction",),
 )
 def step_that_reads_a_prompt(params, batch):
@@ -854,3 +854,55 @@ def dropout_of_an_empty_batch(predictions, targets, key, where):
 def pixels_transposed(images, targets, where):
   """As many rows as columns: a transposed mask fits, too."""
   return squares(images, targets, jnp.swapaxes(where, 1, 2))
+
+
+# What a review of the checks found.
+
+
+@fault(
+  (X, GAPS), lambda gaps: ~np.isnan(gaps), ("invariance", "zero_gradient"), "x"
+)
+def mask_by_numpy(x, gaps):
+  """The inputs are not masked; the mask is derived by a function of NumPy."""
+  m = ~jnp.isnan(gaps)
+  error = jnp.where(m, jnp.sum(x, -1) - jnp.where(m, gaps, 0), 0)
+  return jnp.sum(error**2 + 0 * jnp.sum(x**2, -1))
+
+
+@correct((NUMBERS, np.ones(1, "float32")), RAGGED)
+def shared_temperature(scores, temperature, where):
+  """A parameter of one element is shared, and is no row of one example."""
+  x = jnp.where(where, scores, 0) * temperature
+  return jnp.sum(jnp.where(where, x, 0) ** 2)
+
+
+@correct((NUMBERS,), RAGGED)
+def squares_with_their_axis(x, where):
+  """The result keeps the axis that is reduced."""
+  return jnp.sum(jnp.where(where, x, 0) ** 2, -1, keepdims=True)
+
+
+@correct((NUMBERS, np.int64(5)), RAGGED)
+def sizes_of_numpy(x, size, where):
+  """A number of NumPy is the size of an array."""
+  grid = jnp.arange(size, dtype=x.dtype)
+  return jnp.sum(jnp.where(where, x, 0)[..., None] * grid)
+
+
+@correct((NUMBERS,), RAGGED.astype("float64"), numeric_where=True)
+def mask_in_float64(x, where):
+  """The mask is what `np.ones` gives."""
+  return jnp.sum(jnp.where(where != 0, x, 0) ** 2)
+
+
+@correct(
+  ({"x": NUMBERS, "labels": MARKED, "length": LENGTHS},),
+  lambda batch: (
+    (batch["labels"] >= 0) & (jnp.arange(4) < batch["length"][:, None])
+  ),
+)
+def mask_of_labels_and_lengths(batch):
+  """Both decide which tokens count."""
+  m = (batch["labels"] >= 0) & (jnp.arange(4) < batch["length"][:, None])
+  x = jnp.where(m, batch["x"], 0)
+  return jnp.sum(jnp.where(m, (x - jnp.where(m, batch["labels"], 0)) ** 2, 0))

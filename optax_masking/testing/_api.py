@@ -128,10 +128,14 @@ def check_mask_safe(
         problem, count = check(call, dtype, log)
         cases += count
     if "padded" in chosen.masks and set(chosen.masks) - {"padded", "given"}:
-      note = padded_masks_explain(call, (chosen.dtypes or (None,))[0], log)
+      dtype = (chosen.dtypes or (None,))[0]
+      with _float64_for(dtype):
+        note = padded_masks_explain(call, dtype, log)
       log.add([] if note is None else [note])
   data = [
-    f"{a.name} {a.value.dtype}{list(a.value.shape)}" for a in problem.arguments
+    f"{a.name} {a.value.dtype}{list(a.value.shape)}"
+    + ("" if a.maskable else " (not masked)")
+    for a in problem.arguments
   ]
   data.append(f"{call.mask_name} bool{list(call.where.shape)}")
   return log.report(
@@ -182,25 +186,25 @@ def assert_mask_safe(
     where_name: The name of the parameter that is the mask.
     numeric_where: Whether the loss takes a mask of zeros and ones, in the dtype
       of the given one.
-    axes: The axis of the mask that each axis of an array is, by the name of the
-      array: `{"logits": (0, 1, None)}`, and None for an axis that the mask does
-      not have. An array, or a part of the arguments, that no mask masks has
-      None instead of a tuple: `{"params": None}`. `"return"` stands for the
-      result. By default an array has the axes of the mask first, or those of
-      its axes that have their sizes, and an argument named `params`, `model`,
-      `state` or `variables` is not masked.
+    axes: For each array, by name, the axis of the mask that runs along each of
+      its axes, and None where none does: `{"logits": (0, 1, None)}`. None
+      instead of a tuple: the mask does not mask this array, or this whole
+      argument, `{"params": None}`. `"return"` stands for the result. By default
+      the axes of the mask are the first axes of an array, or else those of the
+      same sizes, and arguments named `model`, `net`, `network`, `parameters`,
+      `params`, `train_state` or `variables` are not masked.
     output: The loss in what `loss_fn` returns: a key, or a function.
     has_aux: Whether `loss_fn` returns a tuple of which the loss is the first.
-    reference: The same loss without a mask. With everything included the loss
-      has to equal it; with the mask None the loss has to be the same program.
-      By default the reference is the loss without its mask or with None, if the
-      loss can be called so.
+    reference: The loss without a mask, of the same other arguments. With
+      everything included `loss_fn` must equal it. If `loss_fn` takes None as
+      its mask, too, both must be the same program. By default it is `loss_fn`
+      itself, without its mask or with None, if it can be called so.
     skip: Names of clauses that the loss does not mean to keep, any of
       `"invariance"`, `"zero_gradient"`, `"compaction"`, `"empty"`,
       `"masked_label"` (an example whose own class is masked has loss 0),
       `"identity"`, `"honesty"`, `"clean_arithmetic"` and `"transforms"`.
-    strict: Whether it is a failure that a clause can't be tried, or that a
-      gradient is not finite on the given data.
+    strict: Whether to fail, too, if a clause can't be tried, or if the loss or
+      a gradient is not finite on the given data.
     dtypes: The dtypes to try for the floating arguments, such as
       `("float32", "bfloat16")`. By default the arguments keep their dtypes,
       but float64 becomes float32 unless JAX has it enabled.

@@ -41,7 +41,7 @@ def blame(
       if x is None or len(steps) != len(clean):
         return False
       y = clean[value.step].outputs[value.position].array
-      return not np.array_equal(x, np.asarray(y))
+      return not np.array_equal(x, np.asarray(y), equal_nan=True)
 
     wrong = _trace.has_nan if np.isnan(got) else _trace.nonfinite
     output = outputs[run.quantities.index(quantity)]

@@ -31,6 +31,22 @@ def name_of(loss_fn: Callable[..., Any]) -> str:
   return getattr(loss_fn, "__name__", type(loss_fn).__name__)
 
 
+class UnusableResult(TypeError):
+  """A loss returned something in which the loss is not where it should be."""
+
+
+def contents(result: Any) -> str:
+  """What a loss returned, in words."""
+  dtype = getattr(result, "dtype", None)
+  if dtype is not None:
+    return f"an array of {dtype}"
+  if isinstance(result, dict):
+    return f"a dict of {', '.join(map(str, result))}"
+  if isinstance(result, tuple | list):
+    return f"a {type(result).__name__} of {len(result)}"
+  return f"{type(result)}"
+
+
 class Call:
   """A loss with its arguments.
 
@@ -110,7 +126,9 @@ class Call:
     if eager:
       where = self.host_mask(where)
       return jnp.asarray(where) if self._mask_is_jax else where
-    return jnp.asarray(where).astype(self._mask_dtype)
+    return jnp.asarray(where).astype(
+      jax.dtypes.canonicalize_dtype(self._mask_dtype)
+    )
 
   def __call__(
     self, arrays: Sequence[Any], where: Any, *, eager: bool = False
@@ -132,7 +150,8 @@ class Call:
 
   def without_mask(self, omit: bool) -> Callable[[Sequence[Any]], Any] | None:
     """The loss as it is called without a mask, or with None for one."""
-    if self._derive is not None or (omit and self._entry is not None):
+    in_between = self._entry is not None or self._place is not None
+    if self._derive is not None or (omit and in_between):
       return None
 
     def call(arrays):
@@ -177,11 +196,22 @@ class Call:
 
   def _output(self, result: Any) -> Any:
     if self.options.has_aux:
+      if not isinstance(result, tuple | list) or not result:
+        raise UnusableResult(
+          f"With has_aux=True {self.name} must return a tuple whose first entry"
+          f" is the loss, but it returned {contents(result)}."
+        )
       result = result[0]
     output = self.options.output
     if callable(output):
       return output(result)
-    return result if output is None else result[output]
+    try:
+      return result if output is None else result[output]
+    except (KeyError, IndexError, TypeError) as error:
+      raise UnusableResult(
+        f"output={output!r} is not in what {self.name} returned:"
+        f" {contents(result)}."
+      ) from error
 
   # Masks that the loss derives from its data.
 
@@ -190,7 +220,8 @@ class Call:
     args, kwargs = self._rebuild(self._with(arrays))
     by_name = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
     assert self._derive is not None
-    wanted = list(inspect.signature(self._derive).parameters)
+    own = inspect.signature(self._derive).parameters.values()
+    wanted = [p.name for p in own if p.name in by_name or p.default is p.empty]
     unknown = [name for name in wanted if name not in by_name]
     if unknown:
       raise ValueError(
@@ -203,13 +234,27 @@ class Call:
     """The arrays that the mask depends on."""
     try:
       jaxpr = jax.make_jaxpr(self.derived)(self.arrays).jaxpr
-    except Exception:  # A function in NumPy.
-      return tuple(range(len(self.arrays)))
+    except Exception:  # A function in NumPy can't be traced.
+      return tuple(i for i in range(len(self.arrays)) if self._decides(i))
     needed = {v for v in jaxpr.outvars if not hasattr(v, "val")}
     for eqn in reversed(jaxpr.eqns):
       if needed & set(eqn.outvars):
         needed |= {v for v in eqn.invars if not hasattr(v, "val")}
     return tuple(i for i, v in enumerate(jaxpr.invars) if v in needed)
+
+  def _decides(self, position: int) -> bool:
+    """Whether the derived mask changes with the content of an array."""
+    x = np.asarray(self.arrays[position])
+    others = [np.zeros_like(x), np.ones_like(x), x[::-1] if x.ndim else x]
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      others.append(np.full_like(x, np.nan))
+    given = np.asarray(self.derived(self.arrays))
+    for other in others:
+      arrays = list(self.arrays)
+      arrays[position] = other
+      if not self.derives(arrays, given):
+        return True
+    return False
 
   def arrays_for(
     self, arrays: Sequence[np.ndarray], where: np.ndarray
@@ -221,11 +266,14 @@ class Call:
     """
     if self._derive is None:
       return list(arrays)
-    labels = {i: self._with_labels(arrays[i], i, where) for i in self.sources}
-    lengths = {i: _with_lengths(arrays[i], where) for i in self.sources}
+    labels, lengths = {}, {}
+    for i in self.sources:
+      if (x := self._with_labels(arrays[i], i, where)) is not None:
+        labels[i] = x
+      if (x := _with_lengths(arrays[i], where)) is not None:
+        lengths[i] = x
     for changes in ({}, labels, lengths, {**lengths, **labels}):
-      found = {i: x for i, x in changes.items() if x is not None}
-      replaced = [found.get(i, x) for i, x in enumerate(arrays)]
+      replaced = [changes.get(i, x) for i, x in enumerate(arrays)]
       if self.derives(replaced, where):
         return replaced
     return None
@@ -317,7 +365,9 @@ def _open(leaf: Any) -> tuple[Any, Callable[[Any], Any]] | None:
 
 def is_array(x: Any) -> bool:
   """Whether a leaf is data: no random key, no text, no Python number."""
-  if not isinstance(x, jax.Array | np.ndarray | np.generic):
+  if isinstance(x, np.generic):  # A size or a flag of NumPy is static.
+    return jnp.issubdtype(x.dtype, jnp.floating)
+  if not isinstance(x, jax.Array | np.ndarray):
     return False
   if x.dtype == np.uint32 and x.shape == (2,):  # An older kind of key.
     return False

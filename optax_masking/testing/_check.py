@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_masking.testing._arithmetic import clean_arithmetic
-from optax_masking.testing._call import Call
+from optax_masking.testing._call import Call, UnusableResult, contents
 from optax_masking.testing._compaction import compaction
 from optax_masking.testing._events import (
   Broken,
@@ -23,7 +23,7 @@ from optax_masking.testing._events import (
 )
 from optax_masking.testing._exact import directions, poisoned, zeros
 from optax_masking.testing._honesty import (
-  given_gradients,
+  given_numbers,
   honesty,
   unpoisoned_inputs,
 )
@@ -51,7 +51,7 @@ _CHECKS = (
   compaction,
   identity,
   honesty,
-  given_gradients,
+  given_numbers,
   unpoisoned_inputs,
 )
 
@@ -83,6 +83,8 @@ def _start(problem: Problem, log: Log) -> Run | None:
   """Calls the loss with its mask, and finds out what can be computed of it."""
   try:
     value = problem.call(problem.values, problem.where, eager=True)
+  except UnusableResult:
+    raise
   except Exception as error:
     log.add([refusal(problem, error), *_none_tried("the loss does not run")])
     return None
@@ -112,17 +114,10 @@ def _check_result(problem: Problem, result: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(result.shape, dtype)
   if isinstance(result, float):
     return jax.ShapeDtypeStruct((), jnp.asarray(result).dtype)
-  if dtype is not None:
-    returned = f"an array of {dtype}"
-  elif isinstance(result, tuple | list | dict):
-    names = list(result) if isinstance(result, dict) else len(result)
-    returned = f"a {type(result).__name__} of {names}"
-  else:
-    returned = f"{type(result)}"
   raise TypeError(
-    f"{problem.call.name} returned {returned}, not one floating array. If the"
-    " loss is the first of several results, pass has_aux=True; if it is an"
-    " entry of the result, name it, output='loss'."
+    f"{problem.call.name} returned {contents(result)}, not one floating array."
+    " If the loss is the first of several results, pass has_aux=True; if it is"
+    " an entry of the result, name it, output='loss'."
   )
 
 

@@ -13,7 +13,6 @@ from optax_masking.testing._smaller import (
   Resized,
   extended,
   flattened,
-  ratio_of_elements,
   without_masked,
 )
 
@@ -173,9 +172,10 @@ def _message(
 ) -> str:
   text = "With the mask, {what} is {got}; with " + resized.how
   text += " it is {expected}."
-  ratio = ratio_of_elements(where)
-  if ratio > 1 and got and abs(expected / got / ratio - 1) < 1e-3:
-    included = int(where.sum())
+  # Of the data of the other size, the same elements are included.
+  ratio = where.size / resized.where.size
+  included = int(where.sum())
+  if included < where.size and got and abs(expected / got / ratio - 1) < 1e-3:
     text += (
       f" It is divided by the number of all elements, {where.size}, and not of"
       f" the included ones, {included}."

@@ -15,6 +15,7 @@ from optax_masking.testing._report import (
 
 _WHY_UNTRIED = {
   **dict.fromkeys(CLAUSES, "there is nothing to try it on"),
+  "zero_gradient": "no derivative was asked for, or nothing is masked",
   "honesty": "no gradient shows which elements count",
   "compaction": "no mask leaves data of a shape that the loss takes",
 }
@@ -111,7 +112,7 @@ class Log:
   def report(self, name: str, cases: int, seconds: float, data: str) -> Report:
     """Makes the report of all events."""
     findings = sort_by_clause(_without_repetitions(self.found.values()))
-    broken = {finding.clause for finding in findings}
+    broken = {finding.clause for finding in self.found.values()}
     clauses = {}
     for clause in CLAUSES:
       if clause in self.options.skip:

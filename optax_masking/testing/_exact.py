@@ -84,14 +84,17 @@ def zeros(run: Run) -> Iterator[Event]:
         yield from _empty(result, ~included)
       else:
         yield from _zero_gradient(result, result.quantity.wrt)
-    for name, region_of in lost_examples(run, mask):
+    for labels, region_of in lost_examples(run, mask):
+      name = run.problem.arguments[labels].name
       for result in results:
         region = region_of(result.quantity, result.got)
         if region is not None:
+          wrt = result.quantity.wrt
           yield from result.zero(
             "masked_label",
             region,
             f"of an example whose own class, in `{name}`, is masked",
+            labels if wrt is None else wrt,
           )
 
 
@@ -197,12 +200,13 @@ def compare(
     transform: The transformation, if it is not that of the run.
     positions: The quantities that the results are, by default all.
   """
-  yield Tried("invariance")
-  yield Tried("zero_gradient")
   where = run.masks[poisoning.mask]
   listed = run.quantities
   if positions is not None:
     listed = [listed[i] for i in positions]
+  yield Tried("invariance")
+  if any(quantity.wrt is not None for quantity in listed):
+    yield Tried("zero_gradient")
   value_is_wrong = False
   for quantity, before, after in zip(listed, clean, got, strict=True):
     wrong = ~((after == before) | np.isnan(before))

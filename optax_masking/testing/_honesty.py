@@ -11,6 +11,7 @@ from optax_masking.testing._run import (
   Poisoning,
   Run,
   at_index,
+  first_index,
   number,
   weights_of,
 )
@@ -102,14 +103,14 @@ def _comes_out(
   )
 
 
-def given_gradients(run: Run) -> Iterator[Event]:
-  """Notes gradients that are not finite on the data without any mask."""
+def given_numbers(run: Run) -> Iterator[Event]:
+  """Notes numbers that are not finite on the data without any mask."""
   results = zip(run.quantities, run.usual, strict=True)
   for quantity, got in results:
-    if quantity.part != "vjp" or quantity.wrt is None:
+    if quantity.derivative not in ("value", "vjp") or quantity.repeats_value:
       continue
     if not np.isfinite(got).all():
-      index = tuple(map(int, np.argwhere(~np.isfinite(got))[0]))
+      index = first_index(~np.isfinite(got))
       yield Note(
         f"With everything included, {run.describe(quantity, index)} is"
         f" {number(got[index])}, on finite data. The mask is not at fault.",
@@ -122,9 +123,9 @@ def unpoisoned_inputs(run: Run) -> Iterator[Event]:
   for i in sorted(run.inputs):
     a = run.problem.arguments[i]
     yield Note(
-      f"`{a.name}` looks up rows of a shared table, so that the check leaves it"
-      " as it is where it is masked: it is read by the model. To hold the model"
-      f" to the mask, too, name its axes: axes={{{a.name!r}: {a.axes}}}."
+      f"`{a.name}` indexes a table that all examples share, as tokens do, so"
+      " that the check never replaces its masked entries. To have them"
+      f" replaced, name its axes: axes={{{a.name!r}: {a.axes}}}."
     )
 
 

@@ -49,17 +49,19 @@ def _find_role(run: Run, axis: int) -> str | None:
   return None
 
 
-def lost_examples(run: Run, mask: str) -> Iterator[tuple[str, RegionOf]]:
+def lost_examples(run: Run, mask: str) -> Iterator[tuple[int, RegionOf]]:
   """The examples whose own class is masked, by the argument that names it.
 
   Yields:
-    The name of the argument, and a function that gives the entries of a
+    The position of the argument, and a function that gives the entries of a
     quantity that belong to such examples.
   """
   problem = run.problem
   where = run.masks[mask]
   rank = where.ndim
-  for a, value in zip(problem.arguments, run.values_of(mask), strict=True):
+  for i, (a, value) in enumerate(
+    zip(problem.arguments, run.values_of(mask), strict=True)
+  ):
     lacking = [k for k in range(rank) if k not in a.axes]
     batch = tuple(k for k in range(rank) if k not in lacking)
     if (
@@ -76,7 +78,7 @@ def lost_examples(run: Run, mask: str) -> Iterator[tuple[str, RegionOf]]:
     own = np.take_along_axis(by_class, value[..., None], -1)[..., 0]
     lost = ~own & run.included_of_result(where)
     if lost.any():
-      yield a.name, _region(run, lost, axis, batch)
+      yield i, _region(run, lost, axis, batch)
 
 
 def _region(

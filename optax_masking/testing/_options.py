@@ -62,10 +62,11 @@ class Options:
 
   def axes_of(self, name: str) -> tuple[bool, Axes | None]:
     """Whether `axes` has an argument or what contains it, and its axes."""
-    for given, axes in (self.axes or {}).items():
-      if is_part_of(name, given):
-        return True, axes
-    return False, None
+    axes = self.axes or {}
+    given = [part for part in axes if is_part_of(name, part)]
+    if not given:
+      return False, None
+    return True, axes[max(given, key=len)]
 
 
 def narrowed(options: Mapping[str, Any], to: Mapping[str, Any]) -> dict:
@@ -77,7 +78,7 @@ def narrowed(options: Mapping[str, Any], to: Mapping[str, Any]) -> dict:
   for name in ("derivatives", "transforms", "masks"):
     if name in options and name in to:
       both = tuple(x for x in options[name] if x in to[name])
-      merged[name] = both or tuple(options[name])
+      merged[name] = both or options[name]
   if "samples" in options and "samples" in to:
     merged["samples"] = min(options["samples"], to["samples"])
   return merged

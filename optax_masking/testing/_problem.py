@@ -23,7 +23,6 @@ _SHARED_NAMES = (
   "network",
   "parameters",
   "params",
-  "state",
   "train_state",
   "variables",
 )
@@ -93,7 +92,8 @@ class Problem:
   ) -> np.ndarray:
     """What a mask includes of an array.
 
-    An element is included if any element of the mask is that it meets.
+    An element is included if any element of the mask that it broadcasts against
+    is True.
     """
     own = [a for a in axes if a is not None]
     others = tuple(a for a in range(where.ndim) if a not in own)
@@ -119,7 +119,7 @@ class Problem:
     """The axis of the mask that each axis of a result is; None if unknown."""
     named, axes = self.options.axes_of("return")
     if named:
-      return axes if axes is None or len(axes) == len(shape) else None
+      return axes and _checked_axes("return", axes, shape, self.call)
     axes, _ = align(shape, self.where.shape)
     return axes if not shape or any(a is not None for a in axes) else None
 
@@ -133,6 +133,12 @@ def make_problem(call: Call, dtype: Any) -> Problem:
       " not lists or numbers."
     )
   values = [_convert(x, dtype) for x in call.arrays]
+  for name, x in zip(names, values, strict=True):
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+      raise ValueError(
+        f"`{name}` is {x.dtype}, and the check has no derivatives of complex"
+        " numbers. Pass the real and the imaginary part as two arrays."
+      )
   if not any(jnp.issubdtype(x.dtype, jnp.floating) for x in values):
     kinds = ", ".join(
       f"{n} {x.dtype}" for n, x in zip(names, values, strict=True)
@@ -190,24 +196,26 @@ def align(shape: Sequence[int], mask: Sequence[int]) -> tuple[Axes, bool]:
     return first, True
   if len(shape) >= len(mask):
     # The axes of the mask among those of the array, in order if possible.
-    for positions in itertools.permutations(range(len(shape)), len(mask)):
+    places, count = range(len(shape)), len(mask)
+    for positions in itertools.chain(
+      itertools.combinations(places, count),
+      itertools.permutations(places, count),
+    ):
       axes: list[int | None] = list(none)
       for a, position in enumerate(positions):
         axes[position] = a
       if fits(axes, True):
         return tuple(axes), True
-    if len(shape) == len(mask) and fits(first, False):
-      shared = all(
-        s == 1 != m for s, m in zip(shape, mask, strict=True) if m > 1
-      )
-      rows = shape[0] == 1 != mask[0]
-      return first, not (shared or rows)
-    return none, False
-  last = tuple(range(len(mask) - rank, len(mask)))
-  if fits(last, True):
-    return last, False
+  else:
+    last = tuple(range(len(mask) - rank, len(mask)))
+    if fits(last, True):
+      return last, False
   if fits(first, False):
-    return first, True
+    pairs = list(zip(shape, mask, strict=False))
+    # An array of size 1 wherever the mask has more is shared by all examples.
+    met = any(s == m > 1 for s, m in pairs) or all(s == m for s, m in pairs)
+    if met or len(shape) <= len(mask):
+      return first, met and not shape[0] == 1 != mask[0]
   return none, False
 
 
@@ -222,6 +230,18 @@ def _axes_of(
     return align(shape, call.where.shape)
   if axes is None:
     return (None,) * len(shape), False
+  return _checked_axes(name, axes, shape, call), True
+
+
+def _checked_axes(
+  name: str, axes: Any, shape: tuple[int, ...], call: Call
+) -> Axes:
+  """Checks the axes that an option names for an array."""
+  if not isinstance(axes, tuple | list):
+    raise TypeError(
+      f"`axes[{name!r}]` must be a tuple with an entry for each axis, or None,"
+      f" but is {axes!r}."
+    )
   rank = call.where.ndim
   axes = tuple(a if a is None else _axis(name, a, rank) for a in axes)
   used = [a for a in axes if a is not None]
@@ -232,7 +252,11 @@ def _axes_of(
       " these."
     )
   if len(axes) != len(shape):
-    raise ValueError(f"`axes` has {len(axes)} for `{name}`, of shape {shape}.")
+    raise ValueError(
+      f"`axes[{name!r}]` has {len(axes)} entries, but the array has shape"
+      f" {shape}: write one for each axis, and None for an axis that the mask"
+      " does not have."
+    )
   for s, a in zip(shape, axes, strict=True):
     if (
       a is not None
@@ -243,7 +267,7 @@ def _axes_of(
         f"`axes` makes an axis of size {s} of `{name}` the axis {a} of"
         f" `{call.mask_name}`, which has size {call.where.shape[a]}."
       )
-  return axes, True
+  return axes
 
 
 def _axis(name: str, axis: int, rank: int) -> int:
@@ -268,11 +292,13 @@ def _check_that_any_fits(arguments: Sequence[Argument], call: Call) -> None:
   if any(a.maskable for a in arguments) or call.where.ndim == 0:
     return
   shapes = ", ".join(f"{a.name} {a.value.shape}" for a in arguments)
+  example = max(arguments, key=lambda a: a.value.ndim)
+  axes = (0, *[None] * (example.value.ndim - 1))
   raise ValueError(
     f"`{call.mask_name}` has shape {call.where.shape}, which fits none of the"
     f" arrays: {shapes}. It must have the first axes of the data that it masks,"
     " or broadcast to them. If it has other ones, say which axis of the mask"
-    f" each axis of an array is, axes={{{arguments[0].name!r}: (0, None, 1)}}."
+    f" each axis of an array is, axes={{{example.name!r}: {axes}}}."
   )
 
 

@@ -63,9 +63,9 @@ def quantities(parts: Sequence[str], floats: Sequence[int]) -> list[Quantity]:
 
 
 def cotangent(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """Weights for the entries of a loss, no two the same."""
+  """Weights for the entries of a loss, no two the same; 1 for a single one."""
   size = int(np.prod(shape))
-  return np.linspace(0.5, 1.5, size).reshape(shape).astype(dtype)
+  return np.linspace(1, 2, size).reshape(shape).astype(dtype)
 
 
 def program(

@@ -51,7 +51,7 @@ def _rename(kept: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 def _padded(axes: Axes, axis: int, count: int, x: np.ndarray) -> np.ndarray:
   """Adds zeros along an axis of the mask."""
-  if axis not in axes:
+  if axis not in axes or x.shape[axes.index(axis)] == 1:
     return x
   return np.pad(x, [(0, count if a == axis else 0) for a in axes])
 
@@ -289,42 +289,19 @@ def extended(run: Run, mask: str, axis: int, count: int) -> Resized | None:
   if where.shape[axis] == 1 or run.result_axes is None:
     return None
 
-  def more(axes):
-    if axis not in axes:
-      return _same
-    k = axes.index(axis)
-
-    def add(x):
-      if x.shape[k] == 1:
-        return x
-      index = np.arange(x.shape[k] + count) % x.shape[k]
-      return np.take(x, index, k)
-
-    return add
-
-  def fewer(axes, size=where.shape[axis]):
-    if axis not in axes:
-      return _same
-    k = axes.index(axis)
-    return lambda x: x if x.shape[k] == 1 else np.take(x, range(size), k)
-
-  longer = more(tuple(range(where.ndim)))(where)
-  index = [slice(None)] * where.ndim
-  index[axis] = slice(where.shape[axis], None)
-  longer[tuple(index)] = False
+  size = where.shape[axis]
+  add, drop = np.arange(size + count) % size, np.arange(size)
+  longer = _take(tuple(range(where.ndim)), where.shape, axis, add)(where)
+  np.moveaxis(longer, axis, 0)[size:] = False
   arguments = run.problem.arguments
-  adds = [more(a.axes) for a in arguments]
+  adds = [_take(a.axes, a.value.shape, axis, add) for a in arguments]
+  drops = [_take(a.axes, a.value.shape, axis, drop) for a in arguments]
   return Resized(
     lambda values: [add(x) for add, x in zip(adds, values, strict=True)],
     longer,
     _same,
-    tuple(fewer(a.axes) for a in arguments),
+    tuple(drops),
     f"{count} masked {'rows' if axis == 0 else 'elements'} more",
-    back=fewer(run.result_axes),
+    back=_take(run.result_axes, run.result.shape, axis, drop),
     of_weights=functools.partial(_padded, run.result_axes, axis, count),
   )
-
-
-def ratio_of_elements(where: np.ndarray) -> float:
-  """The number of all elements over that of the included ones."""
-  return math.prod(where.shape) / max(1, int(where.sum()))

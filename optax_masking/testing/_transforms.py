@@ -152,7 +152,7 @@ def in_python(run: Run) -> Iterator[Event]:
       for poisoning in run.poisonings(mask):
         yield from _also_of_transforms(python.poisoned(poisoning), "eager")
     except Exception as error:
-      yield refusal(run.problem, error)
+      yield refusal(run.problem, error, mask, run.masks[mask])
 
 
 class _Python:
@@ -223,12 +223,18 @@ class _Python:
       )
 
 
-def refusal(problem: Problem, error: BaseException) -> Broken:
-  """The finding that a loss does not run with its mask."""
+def refusal(
+  problem: Problem,
+  error: BaseException,
+  mask: str = "as given",
+  where: np.ndarray | None = None,
+) -> Broken:
+  """The finding that a loss does not run with a mask."""
   call = problem.call
+  where = call.where if where is None else where
   name = call.options.where_name
   message = (
-    f"The loss does not take a mask of shape {call.where.shape}:"
+    f"With a mask of shape {where.shape}, {mask}, the loss raises"
     f" {error_line(error)}"
   )
   if f"unexpected keyword argument '{name}'" in str(error):
@@ -239,8 +245,8 @@ def refusal(problem: Problem, error: BaseException) -> Broken:
     )
   facts = {
     "message": message,
-    "mask": "as given",
-    "where": call.where.tolist(),
+    "mask": mask,
+    "where": where.tolist(),
     "got": error_line(error),
   }
   dtype = problem.arguments[problem.floats[0]].value.dtype.name
