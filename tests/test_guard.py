@@ -213,6 +213,7 @@ class AlignTest(parameterized.TestCase):
     ((4, 5, 7), (4, 5, 1), (0, 1, 2), True),
     ((1, 5), (4, 5), (0, 1), False),
     ((7, 6), (4, 5), (None, None), False),
+    ((4, 6), (4, 5), (0, None), True),
     ((), (4, 5), (), False),
     ((3, 2), (), (None, None), True),
     ((1, 7), (1,), (0, None), True),

@@ -104,8 +104,8 @@ def check_mask_safe(
     >>> def squared_error(predictions, targets, where):
     ...   return jnp.square(predictions - targets) * where
     >>> report = check_mask_safe(
-    ...     squared_error, np.array([1.0, 2.0]), np.array([3.0, 0.0]),
-    ...     where=np.array([True, False]))
+    ...     squared_error, np.array([1.0, 2.0, 4.0]), np.array([3.0, 0.0, 5.0]),
+    ...     where=np.array([True, False, True]))
     >>> report.ok
     False
     >>> report.clauses["compaction"], report.clauses["zero_gradient"]

@@ -81,7 +81,13 @@ class Call:
     self._entry: int | None = None
     self._derive: Callable[..., Any] | None = None
     self.sources: tuple[int, ...] = ()
+    if where is None:
+      raise TypeError(
+        "`where` is None: pass the mask to try, the name of the argument that"
+        " is the mask, or a function that makes it of arguments."
+      )
     if isinstance(where, str):
+      where = where.replace('"', "'")
       self._entry = _position(where, names, self._leaves, self.name)
       self.mask_name, where = where, self._leaves[self._entry]
     else:

@@ -25,6 +25,7 @@ from optax_masking.testing._exact import directions, poisoned, zeros
 from optax_masking.testing._honesty import (
   given_numbers,
   honesty,
+  unmasked_axes,
   unpoisoned_inputs,
 )
 from optax_masking.testing._identity import identity
@@ -53,6 +54,7 @@ _CHECKS = (
   honesty,
   given_numbers,
   unpoisoned_inputs,
+  unmasked_axes,
 )
 
 

@@ -118,6 +118,23 @@ def given_numbers(run: Run) -> Iterator[Event]:
       )
 
 
+def unmasked_axes(run: Run) -> Iterator[Event]:
+  """Notes axes that may be the mask's, too, such as those of pairs."""
+  sizes = {s for s in run.problem.where.shape if s > 1}
+  for a in run.problem.arguments:
+    others = [
+      k
+      for k, (s, axis) in enumerate(zip(a.value.shape, a.axes, strict=True))
+      if axis is None and s in sizes
+    ]
+    if a.maskable and others:
+      yield Note(
+        f"The axis {others[0]} of `{a.name}` has the size of an axis of the"
+        " mask, but the check does not mask it. If it should, as in an array of"
+        " pairs, check a function that makes the pairs."
+      )
+
+
 def unpoisoned_inputs(run: Run) -> Iterator[Event]:
   """Notes the inputs of a model, which are not poisoned."""
   for i in sorted(run.inputs):

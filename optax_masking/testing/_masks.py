@@ -61,7 +61,7 @@ def make_masks(problem: Problem) -> dict[str, np.ndarray]:
   if "given" in kinds:
     add("as given", given)
   if "padded" in kinds and given.ndim:
-    for name, where in padded(given.shape).items():
+    for name, where in padded(given).items():
       add(name, where)
   if "elements" in kinds and given.ndim:
     for e in elements:
@@ -132,9 +132,16 @@ def poisons(dtype: np.dtype, classes: int) -> dict[str, np.ndarray]:
   return {f"{np.asarray(v, dtype)}": np.asarray(v, dtype) for v in values}
 
 
-def padded(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-  """Masks of sequences of several lengths, with padding at their ends."""
-  axis = max((k for k, s in enumerate(shape) if s > 1), default=0)
+def padded(given: np.ndarray) -> dict[str, np.ndarray]:
+  """Masks of sequences of several lengths, with padding at their ends.
+
+  They lie along the last axis, or along the one at whose end the given mask has
+  its padding.
+  """
+  shape = given.shape
+  axes = [k for k, s in enumerate(shape) if s > 1] or [0]
+  ends = [k for k in axes if (np.diff(given.astype(int), axis=k) <= 0).all()]
+  axis = (axes if axes[-1] in ends or not ends else ends)[-1]
   size = shape[axis]
   batch = (*shape[:axis], 1, *shape[axis + 1 :])
   row = np.arange(int(np.prod(batch))).reshape(batch)

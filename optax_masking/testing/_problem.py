@@ -121,7 +121,7 @@ class Problem:
     if named:
       return axes and _checked_axes("return", axes, shape, self.call)
     axes, _ = align(shape, self.where.shape)
-    return axes if not shape or any(a is not None for a in axes) else None
+    return axes
 
 
 def make_problem(call: Call, dtype: Any) -> Problem:
@@ -210,6 +210,13 @@ def align(shape: Sequence[int], mask: Sequence[int]) -> tuple[Axes, bool]:
     last = tuple(range(len(mask) - rank, len(mask)))
     if fits(last, True):
       return last, False
+  if shape[0] == mask[0] > 1 and not fits(first, False):
+    # Examples with another axis than the mask's, such as that of classes.
+    same = itertools.takewhile(
+      lambda s: s[0] == s[1], zip(shape, mask, strict=False)
+    )
+    count = len(list(same))
+    return (*range(count), *none[count:]), True
   if fits(first, False):
     pairs = list(zip(shape, mask, strict=False))
     # An array of size 1 wherever the mask has more is shared by all examples.

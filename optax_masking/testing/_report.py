@@ -216,7 +216,10 @@ class Report:
     parts = [self._headline()]
     groups: dict[Any, list[Finding]] = {}
     for finding in self.findings:
-      groups.setdefault((finding.clause, finding.argument), []).append(finding)
+      # A loss of other data is wrong as a whole, with all of its gradients.
+      whole = finding.clause in ("compaction", "identity")
+      argument = None if whole else finding.argument
+      groups.setdefault((finding.clause, argument), []).append(finding)
     for first, *others in groups.values():
       lines = [str(first)]
       if others:

@@ -348,7 +348,7 @@ class Run:
 
 
 def number(x: Any) -> str:
-  return f"{float(x):.6g}"
+  return f"{float(x) + 0.0:.6g}"  # No minus before 0.
 
 
 def at_index(index: Sequence[int]) -> str:

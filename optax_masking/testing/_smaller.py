@@ -78,8 +78,8 @@ def without_masked(run: Run, mask: str) -> Iterator[Resized]:
     others = tuple(k for k in range(where.ndim) if k != axis)
     kept = where.any(others)
     if (where == np.expand_dims(kept, others)).all():
-      # One alone could broadcast with anything.
-      if kept.sum() > 1 or kept.size == 2:
+      # One alone would broadcast with arrays that the loss has of its own.
+      if kept.sum() > 1:
         yield from _without(run, axis, np.flatnonzero(kept))
       return
   yield from _slices(run, where)
@@ -138,8 +138,9 @@ def _slices(run: Run, where: np.ndarray) -> Iterator[Resized]:
   if not separate(run, axis):
     return
   for size in sizes[:2]:
-    resized = _slices_of(run, where, np.flatnonzero(counts == size))
-    if resized is not None:
+    rows = np.flatnonzero(counts == size)
+    resized = _slices_of(run, where, rows)
+    if resized is not None and (len(rows) > 1 or len(counts) == 1):
       yield resized
 
 
@@ -258,7 +259,11 @@ def flattened(run: Run, where: np.ndarray) -> Resized | None:
   """
   rank = where.ndim
   axes = tuple(range(rank))
-  if rank < 2 or run.result_axes not in ((), axes):
+  result_axes = run.result_axes
+  if rank < 2 or result_axes is None:
+    return None
+  whole = all(a is None for a in result_axes)
+  if not whole and result_axes != axes:
     return None
 
   def of_elements(x):
@@ -277,7 +282,7 @@ def flattened(run: Run, where: np.ndarray) -> Resized | None:
   return Resized(
     lambda values: [take(x) for take, x in zip(takes, values, strict=True)],
     np.ones((*[1] * (rank - 1), int(where.sum())), bool),
-    _same if run.result_axes == () else of_elements,
+    _same if whole else of_elements,
     tuple(takes),
     "the included elements in one row",
   )

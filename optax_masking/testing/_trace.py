@@ -41,6 +41,27 @@ _MOVES = (
   "squeeze",
   "transpose",
 )
+# Primitives each of whose numbers is made of those at the same place.
+_ELEMENTWISE = (
+  "add",
+  "cos",
+  "div",
+  "exp",
+  "exp2",
+  "expm1",
+  "integer_pow",
+  "log",
+  "log1p",
+  "logistic",
+  "mul",
+  "pow",
+  "rsqrt",
+  "sin",
+  "sqrt",
+  "square",
+  "sub",
+  "tan",
+)
 # Longer loops are one operation.
 _LENGTH = 64
 _GUARD = os.path.dirname(__file__) + os.sep
@@ -284,7 +305,7 @@ def _makes_nonfinite(step: Step) -> bool:
     has_nan, is_infinite = np.isnan(x), np.isinf(x)
     for y in inputs:
       given_nan, given_infinite = np.isnan(y), ~np.isfinite(y)
-      if y.shape != x.shape:
+      if y.shape != x.shape or step.primitive not in _ELEMENTWISE:
         given_nan, given_infinite = given_nan.any(), given_infinite.any()
       has_nan = has_nan & ~given_nan
       is_infinite = is_infinite & ~given_infinite
