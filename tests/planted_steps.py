@@ -278,9 +278,7 @@ CORRECT += [
 # Correct: the next token.
 
 
-@correct(
-  (LOGITS, LABELS), PADDED, masks=("given", "padded"), untried=("empty",)
-)
+@correct((LOGITS, LABELS), PADDED, masks=("given", "padded"))
 def next_token(logits, tokens, where):
   """With other masks a loss may be that of a token after a masked one."""
   m = where[:, 1:]
