@@ -30,11 +30,13 @@ def compaction(run: Run) -> Iterator[Event]:
     return
   narrow = "vmap" not in run.problem.options.transforms
   most = _FEW_SHAPES if narrow else _MOST_SHAPES
+  call = run.problem.call
   shapes: set[Any] = set()
   for mask in run.masks:
     for resized in _resizings(run, mask):
-      values = resized.values(run.values_of(mask))
-      if not run.problem.call.derives(values, resized.where):
+      if call.sources and not call.derives(
+        resized.values(run.values_of(mask)), resized.where
+      ):
         continue
       shape = resized.where.shape
       if shape not in shapes and len(shapes) >= most:

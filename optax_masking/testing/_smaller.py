@@ -60,6 +60,16 @@ def _constant(value: np.ndarray, _: np.ndarray) -> np.ndarray:
   return value
 
 
+def _applied(
+  steps: Sequence[Sequence[Take]], values: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+  """Applies to each array its functions, step by step."""
+  arrays = list(values)
+  for functions in steps:
+    arrays = [f(x) for f, x in zip(functions, arrays, strict=True)]
+  return arrays
+
+
 def _take(
   axes: Axes, shape: Sequence[int], axis: int, kept: np.ndarray
 ) -> Take:
@@ -107,10 +117,7 @@ def _without(run: Run, axis: int, kept: np.ndarray) -> Iterator[Resized]:
   small = _take(axes, where.shape, axis, kept)(np.ones(where.shape, bool))
   assert run.result_axes is not None
   yield Resized(
-    lambda values: [
-      rename(take(x))
-      for x, take, rename in zip(values, takes, renames, strict=True)
-    ],
+    functools.partial(_applied, (takes, renames)),
     small,
     _take(run.result_axes, run.result.shape, axis, kept),
     tuple(takes),
@@ -184,10 +191,7 @@ def _slices_of(run: Run, where: np.ndarray, rows: np.ndarray) -> Resized | None:
     renames.append(rename)
   of_result: dict[Axes | None, Take] = {(): _same, batch: of_examples}
   return Resized(
-    lambda values: [
-      rename(take(x))
-      for x, take, rename in zip(values, takes, renames, strict=True)
-    ],
+    functools.partial(_applied, (takes, renames)),
     np.ones((*examples, size), bool),
     of_result.get(run.result_axes, of_elements),
     # The gradient of what all rows share is a sum over all of them.
@@ -280,7 +284,7 @@ def flattened(run: Run, where: np.ndarray) -> Resized | None:
     else:
       return None
   return Resized(
-    lambda values: [take(x) for take, x in zip(takes, values, strict=True)],
+    functools.partial(_applied, (takes,)),
     np.ones((*[1] * (rank - 1), int(where.sum())), bool),
     _same if whole else of_elements,
     tuple(takes),
@@ -302,7 +306,7 @@ def extended(run: Run, mask: str, axis: int, count: int) -> Resized | None:
   adds = [_take(a.axes, a.value.shape, axis, add) for a in arguments]
   drops = [_take(a.axes, a.value.shape, axis, drop) for a in arguments]
   return Resized(
-    lambda values: [add(x) for add, x in zip(adds, values, strict=True)],
+    functools.partial(_applied, (adds,)),
     longer,
     _same,
     tuple(drops),
