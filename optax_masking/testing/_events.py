@@ -67,6 +67,10 @@ class Broken:
   describe: Callable[[], dict[str, Any]]
   if_new: "Broken | None" = None
 
+  @property
+  def clause(self) -> str:
+    return self.finding.clause
+
 
 Event = Tried | Untried | Note | Broken
 
@@ -87,14 +91,12 @@ class Log:
       if isinstance(event, Note):
         self.notes[event.text] = event.serious
         continue
-      broken = isinstance(event, Broken)
-      clause = event.finding.clause if broken else event.clause  # type: ignore[union-attr]
-      if clause in self.options.skip:
+      if event.clause in self.options.skip:
         continue
       if isinstance(event, Untried):
-        self.reasons.setdefault(clause, event.reason)
+        self.reasons.setdefault(event.clause, event.reason)
         continue
-      self.tried.add(clause)
+      self.tried.add(event.clause)
       if isinstance(event, Broken):
         self._add_broken(event)
 

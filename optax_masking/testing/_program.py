@@ -47,10 +47,9 @@ def quantities(parts: Sequence[str], floats: Sequence[int]) -> list[Quantity]:
     for part in parts_of_derivative:
       if part not in parts:
         continue
-      if part in ("value", "vjp"):
+      if derivative != "hessian":
         listed.append(Quantity(derivative, part, None, "the value"))
       if part == "jvp":
-        listed.append(Quantity(derivative, part, None, "the value"))
         listed.append(Quantity(derivative, part, None, "the tangent"))
       if part == "vjp":
         listed += [
