@@ -8,7 +8,8 @@ from optax_masking.testing import _trace
 from optax_masking.testing._blame import step_facts
 from optax_masking.testing._events import Event, Tried, Untried
 from optax_masking.testing._masks import few_of_each_kind
-from optax_masking.testing._run import Poisoning, Run, error_line, number
+from optax_masking.testing._poisons import Poisoning, poisonings
+from optax_masking.testing._run import Run, error_line, number
 
 
 def clean_arithmetic(run: Run) -> Iterator[Event]:
@@ -16,9 +17,9 @@ def clean_arithmetic(run: Run) -> Iterator[Event]:
   first = next(iter(run.masks))
   try:
     if run.all_included is None:
-      steps, _ = run.steps(run.values_of(first), run.masks[first])
+      steps, outputs = run.steps(run.values_of(first), run.masks[first])
     else:
-      steps, _ = run.steps(run.all_included, run.everything)
+      steps, outputs = run.steps(run.all_included, run.everything)
   except Exception as error:
     yield Untried(
       "clean_arithmetic",
@@ -26,21 +27,20 @@ def clean_arithmetic(run: Run) -> Iterator[Event]:
     )
     return
   yield Tried("clean_arithmetic")
-  usual = {_place(steps[i]) for i in _trace.making_nonfinite(steps)}
+  made = _trace.making_nonfinite(steps, outputs)
+  usual = {_place(steps[i]) for i in made}
   for mask in few_of_each_kind(run.masks, 1):
     known = set(usual)
     # The usual label of padding is finite, too.
     labels = [
       p
-      for p in run.poisonings(mask)
+      for p in poisonings(run, mask)
       if p.name == "-100" and run.problem.arguments[p.argument].is_label
     ]
     for poisoning in (None, *labels):
-      data = (
-        run.values_of(mask) if poisoning is None else run.poisoned(poisoning)
-      )
+      data = run.values_of(mask) if poisoning is None else poisoning.data(run)
       steps, outputs = run.steps(data, run.masks[mask])
-      made = _trace.making_nonfinite(steps)
+      made = _trace.making_nonfinite(steps, outputs)
       new = [i for i in made if _place(steps[i]) not in known]
       if new:
         yield _broken(run, mask, steps, outputs, new[0], poisoning=poisoning)

@@ -12,12 +12,11 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-import jax
-
 from optax_masking.testing import CLAUSES, Finding, Report
 from optax_masking.testing._api import check_case
 from optax_masking.testing._find import Loss, find_losses
 from optax_masking.testing._guess import TargetError
+from optax_masking.testing._program import unoptimized
 from optax_masking.testing._report import NOT_APPLICABLE, sort_by_clause
 
 _QUICK_OPTIONS: dict[str, Any] = {
@@ -136,12 +135,8 @@ def _unoptimized_programs() -> Iterator[None]:
   Most programs of an audit run once.
   """
   given = os.environ.get("XLA_FLAGS")
-  flags = (
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-  )
-  if jax.default_backend() == "cpu":
-    os.environ["XLA_FLAGS"] = " ".join((*flags, given or ""))
+  flags = [f"--{name}={value}" for name, value in (unoptimized() or {}).items()]
+  os.environ["XLA_FLAGS"] = " ".join((*flags, given or ""))
   try:
     yield
   finally:

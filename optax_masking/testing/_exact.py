@@ -11,9 +11,9 @@ from optax_masking.testing._blame import blame
 from optax_masking.testing._events import Event, Note, Tried
 from optax_masking.testing._labels import lost_examples
 from optax_masking.testing._masks import evenly_spaced
+from optax_masking.testing._poisons import Poisoning, poisonings
 from optax_masking.testing._program import Quantity
 from optax_masking.testing._run import (
-  Poisoning,
   Results,
   Run,
   at_index,
@@ -129,8 +129,9 @@ def _empty(result: _Result, region: np.ndarray) -> Iterator[Event]:
   yield Tried("empty")
   if result.quantity.part == "value" and got.any():
     yield Note(
-      f"With nothing included the loss is {number(np.ravel(got)[0])}, and has a"
-      f" gradient with respect to `{names[0]}`: a term of the parameters alone."
+      f"With nothing included the loss is {number(np.ravel(got)[0])}, not 0. It"
+      f" depends on `{names[0]}`, which all examples share, as a penalty of"
+      " weights does."
     )
 
 
@@ -170,13 +171,11 @@ def directions(run: Run) -> Iterator[Event]:
 def poisoned(run: Run) -> Iterator[Event]:
   """Clauses 1 and 2: what masked elements hold changes nothing."""
   for mask, where in run.masks.items():
-    poisonings = list(run.poisonings(mask))
-    if not poisonings:
+    tried = list(poisonings(run, mask))
+    if not tried:
       continue
-    results = run.evaluate(
-      [(run.poisoned(p), run.tangents, where) for p in poisonings]
-    )
-    for i, poisoning in enumerate(poisonings):
+    results = run.evaluate([(p.data(run), run.tangents, where) for p in tried])
+    for i, poisoning in enumerate(tried):
       got = [x[i] for x in results]
       yield from compare(run, poisoning, run.clean[mask], got)
 
@@ -279,7 +278,7 @@ class _Difference:
         run,
         self.quantity,
         self.after,
-        run.poisoned(poisoning, element),
+        poisoning.data(run, element),
         run.masks[poisoning.mask],
         against=run.values_of(poisoning.mask),
       ),
@@ -295,7 +294,7 @@ class _Difference:
       return elements[0]
     tried = [elements[i] for i in evenly_spaced(len(elements), 64)]
     results = run.evaluate(
-      [(run.poisoned(poisoning, e), run.tangents, where) for e in tried]
+      [(poisoning.data(run, e), run.tangents, where) for e in tried]
     )
     got = results[run.quantities.index(self.quantity)]
     clean = run.clean[poisoning.mask][run.quantities.index(self.quantity)]

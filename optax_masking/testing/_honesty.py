@@ -7,8 +7,9 @@ import numpy as np
 from optax_masking.testing import _trace
 from optax_masking.testing._events import Event, Note, Tried
 from optax_masking.testing._masks import evenly_spaced
+from optax_masking.testing._poisons import Poisoning
+from optax_masking.testing._problem import has_shared_name
 from optax_masking.testing._run import (
-  Poisoning,
   Run,
   at_index,
   first_index,
@@ -50,7 +51,7 @@ def _come_out(
     for element in elements
     for poison in _POISONS
   ]
-  data = [run.poisoned(poisoning, element) for element, poisoning in cases]
+  data = [poisoning.data(run, element) for element, poisoning in cases]
   results = run.evaluate(
     [(values, run.tangents, run.masks[mask]) for values in data]
   )[0]
@@ -133,6 +134,26 @@ def unmasked_axes(run: Run) -> Iterator[Event]:
         " mask, but the check does not mask it. If it should, as in an array of"
         " pairs, check a function that makes the pairs."
       )
+
+
+def unmasked_arrays(run: Run) -> Iterator[Event]:
+  """Notes arrays that no part of a mask masks, if nothing says so."""
+  names = [
+    a.name
+    for a in run.problem.arguments
+    if not a.maskable
+    and a.value.size > 1
+    and not has_shared_name(a.name)
+    and not run.problem.options.axes_of(a.name)[0]
+  ]
+  if names:
+    listed = ", ".join(f"`{name}`" for name in names[:3])
+    if len(names) > 3:
+      listed += f" and {len(names) - 3} others"
+    yield Note(
+      f"The mask masks nothing of {listed}, which all examples seem to share."
+      f" If that is right, say so: axes={{{names[0]!r}: None}}."
+    )
 
 
 def unpoisoned_inputs(run: Run) -> Iterator[Event]:

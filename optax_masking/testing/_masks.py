@@ -1,7 +1,6 @@
-"""The masks that a check tries, and the poisons for masked elements."""
+"""The masks that a check tries."""
 
 import re
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -107,31 +106,6 @@ def unlabeled_columns(problem: Problem, rows: np.ndarray) -> np.ndarray:
   return columns
 
 
-def poisons(dtype: np.dtype, classes: int) -> dict[str, np.ndarray]:
-  """The values that a masked element may hold, by name."""
-  if np.issubdtype(dtype, np.bool_):
-    values: Sequence = (True, False)
-  elif jnp.issubdtype(dtype, jnp.integer):
-    limits = jnp.iinfo(dtype)
-    values = [
-      v
-      for v in (-1, -100, classes, limits.max, limits.min)
-      if limits.min <= v <= limits.max
-    ]
-  else:
-    info = jnp.finfo(dtype)
-    values = (
-      np.nan,
-      np.inf,
-      -np.inf,
-      info.max,
-      max(-1e30, float(info.min)),
-      info.smallest_subnormal,
-      0.0,
-    )
-  return {f"{np.asarray(v, dtype)}": np.asarray(v, dtype) for v in values}
-
-
 def padded(given: np.ndarray) -> dict[str, np.ndarray]:
   """Masks of sequences of several lengths, with padding at their ends.
 
@@ -154,6 +128,8 @@ def padded(given: np.ndarray) -> dict[str, np.ndarray]:
     "some sequences without any element": (row % 3) * size // 2,
     "sequences without their last element": np.full_like(row, size - 1),
   }
+  if len(ends) > 1:  # The rows may be the sequences: have padding at both ends.
+    lengths = {n: -np.sort(-x, None).reshape(batch) for n, x in lengths.items()}
   return {
     name: np.broadcast_to(position < length, shape).copy()
     for name, length in lengths.items()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -226,14 +227,16 @@ def align(shape: Sequence[int], mask: Sequence[int]) -> tuple[Axes, bool]:
   return none, False
 
 
+def has_shared_name(name: str) -> bool:
+  """Whether an argument has a name of what all examples share."""
+  return re.split(r"[.[]", name)[0] in _SHARED_NAMES
+
+
 def _axes_of(
   name: str, shape: tuple[int, ...], call: Call
 ) -> tuple[Axes, bool]:
   named, axes = call.options.axes_of(name)
-  if not named:
-    head = name.partition("[")[0].partition(".")[0]
-    if head in _SHARED_NAMES:
-      return (None,) * len(shape), False
+  if not named and not has_shared_name(name):
     return align(shape, call.where.shape)
   if axes is None:
     return (None,) * len(shape), False
@@ -360,4 +363,18 @@ def replace_masked(problem: Problem) -> Problem:
     if masked.any() and i not in problem.call.sources:
       a = arguments[i]
       arguments[i] = replace_elements(a, masked, a.value[~masked])
+  return dataclasses.replace(problem, arguments=tuple(arguments))
+
+
+def without_shared_axes(problem: Problem) -> Problem | None:
+  """The same, if arrays that all examples share have no axis of the mask's.
+
+  Such an axis may have the same size by chance. None if there is none.
+  """
+  if all(a.maskable or not {*a.axes} - {None} for a in problem.arguments):
+    return None
+  arguments = (
+    a if a.maskable else dataclasses.replace(a, axes=(None,) * len(a.axes))
+    for a in problem.arguments
+  )
   return dataclasses.replace(problem, arguments=tuple(arguments))

@@ -126,10 +126,14 @@ def unoptimized() -> dict[str, Any] | None:
   """Options to compile sooner what runs once."""
   if jax.default_backend() != "cpu":
     return None
-  return {
+  options: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
   }
+  if jax.__version_info__ < (0, 11):  # Later versions have no such option.
+    options["xla_cpu_use_fusion_emitters"] = False
+  return options
 
 
 class Lanes:

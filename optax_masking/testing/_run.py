@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 
 from optax_masking.testing import _trace
 from optax_masking.testing._events import Broken
-from optax_masking.testing._masks import make_masks, poisons
+from optax_masking.testing._masks import make_masks
 from optax_masking.testing._options import Axes
 from optax_masking.testing._problem import LARGE, Problem
 from optax_masking.testing._program import (
@@ -21,22 +21,13 @@ from optax_masking.testing._program import (
   cotangent,
   program,
   quantities,
+  unoptimized,
 )
 from optax_masking.testing._report import Finding
 
 Values = Sequence[np.ndarray]
 Results = list[np.ndarray]
 ByArgument = dict[int | None, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Poisoning:
-  """Garbage in all that a mask masks of an argument, or in one element."""
-
-  mask: str
-  argument: int
-  name: str
-  value: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,36 +214,6 @@ class Run:
   def sizes(self) -> dict[Quantity, float]:
     return {}
 
-  # Poisons.
-
-  def poisonings(self, mask: str) -> Iterator[Poisoning]:
-    """Each argument with something masked, and each poison for it."""
-    problem = self.problem
-    classes = max(s for a in problem.arguments for s in (1, *a.value.shape))
-    for i, a in enumerate(problem.arguments):
-      if i in problem.call.sources:
-        continue  # Its values are the mask.
-      if i in self.inputs:
-        continue  # The loss masks its labels, and not what the model reads.
-      if problem.masked(self.masks[mask], i).any():
-        for name, value in poisons(a.value.dtype, classes).items():
-          yield Poisoning(mask, i, name, value)
-
-  def poisoned(
-    self, poisoning: Poisoning, element: tuple[int, ...] | None = None
-  ) -> list[np.ndarray]:
-    """The data with a poison in all that is masked, or in one element."""
-    values = list(self.values_of(poisoning.mask))
-    replaced = np.array(values[poisoning.argument])
-    if element is None:
-      where = self.masks[poisoning.mask]
-      masked = self.problem.masked(where, poisoning.argument)
-      replaced[masked] = poisoning.value
-    else:
-      replaced[element] = poisoning.value
-    values[poisoning.argument] = replaced
-    return values
-
   @functools.cached_property
   def inputs(self) -> frozenset[int]:
     """Integers that look up rows of a shared table, as tokens do.
@@ -297,7 +258,11 @@ class Run:
     self.tally["cases"] += 1
     mask = self.problem.call.host_mask(where)
     arrays = map(jnp.asarray, [*values, *self.tangents, mask])
-    return _trace.run(self.jaxpr, list(arrays))
+    return self._recorder(list(arrays))
+
+  @functools.cached_property
+  def _recorder(self) -> _trace.Recorder:
+    return _trace.Recorder(self.jaxpr, self.compiled, unoptimized())
 
   # Words.
 

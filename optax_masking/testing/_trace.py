@@ -1,5 +1,6 @@
 """Runs a program operation by operation, to find where a number arose."""
 
+import contextlib
 import linecache
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -96,12 +97,57 @@ class Value:
     self.position = position
 
 
-def run(program: Any, arguments: Sequence[Any]) -> tuple[list[Step], list]:
-  """Runs a closed jaxpr on flat arguments, and returns all steps."""
-  steps: list[Step] = []
-  inputs = [Value(x, None, i) for i, x in enumerate(arguments)]
-  outputs = _run(program.jaxpr, program.consts, inputs, steps, None)
-  return steps, outputs
+class Recorder:
+  """Runs a closed jaxpr on flat arguments, and returns all steps.
+
+  Compiled, one program returns the arrays of all steps. It can't have branches
+  that depend on the data, whose steps run one by one.
+  """
+
+  def __init__(self, program: Any, compiled: bool, options: Any = None):
+    self._program = program
+    self._compiled = None
+    if compiled:
+      self._compiled = jax.jit(self._arrays, compiler_options=options)
+    self._traced: tuple[list[Step], list[Value]] = [], []
+
+  def _run(self, arguments: Sequence[Any]) -> tuple[list[Step], list[Value]]:
+    steps: list[Step] = []
+    inputs = [Value(x, None, i) for i, x in enumerate(arguments)]
+    jaxpr, consts = self._program.jaxpr, self._program.consts
+    return steps, _run(jaxpr, consts, inputs, steps, None)
+
+  def _arrays(self, arguments: Sequence[Any]) -> list[list[Any]]:
+    self._traced = steps, _ = self._run(arguments)
+    return [[value.array for value in step.outputs] for step in steps]
+
+  def __call__(
+    self, arguments: Sequence[Any]
+  ) -> tuple[list[Step], list[Value]]:
+    if self._compiled is None:
+      return self._run(arguments)
+    try:
+      arrays = self._compiled(list(arguments))
+    except jax.errors.TracerArrayConversionError:  # At a branch.
+      self._compiled = None
+      return self._run(arguments)
+
+    def filled(value):
+      x, step, position = value.array, value.step, value.position
+      if step is not None:
+        x = arrays[step][position]
+      elif position is not None:
+        x = arguments[position]
+      return Value(x, step, position)
+
+    steps, outputs = self._traced
+    return [
+      step._replace(
+        inputs=list(map(filled, step.inputs)),
+        outputs=list(map(filled, step.outputs)),
+      )
+      for step in steps
+    ], list(map(filled, outputs))
 
 
 def _run(
@@ -139,9 +185,14 @@ def _run(
       bound = eqn.primitive.get_bind_params(eqn.params)
       # In older versions of JAX, with functions beside them.
       functions, parameters = bound if isinstance(bound, tuple) else ([], bound)
-      arrays = eqn.primitive.bind(
-        *functions, *(v.array for v in values), **parameters
-      )
+      # What has no inputs is no part of the data, and may choose a branch.
+      constant = values == []
+      with (
+        jax.ensure_compile_time_eval() if constant else contextlib.nullcontext()
+      ):
+        arrays = eqn.primitive.bind(
+          *functions, *(v.array for v in values), **parameters
+        )
       arrays = arrays if eqn.primitive.multiple_results else [arrays]
       results = [Value(x, len(steps), i) for i, x in enumerate(arrays)]
       steps.append(Step(eqn.primitive.name, values, results, traceback))
@@ -287,13 +338,16 @@ def _place(frame: Any) -> str:
   return f"{name}:{frame.line_num} in {frame.function_name}"
 
 
-def making_nonfinite(steps: Sequence[Step]) -> list[int]:
-  """The steps that make a NaN or an infinity of other numbers.
+def making_nonfinite(
+  steps: Sequence[Step], outputs: Sequence[Value]
+) -> list[int]:
+  """The steps on the way to some outputs that make a NaN or an infinity.
 
   An infinity that is a constant, such as the fill before a softmax, is moved
   and added to by other steps.
   """
-  return [i for i, step in enumerate(steps) if _makes_nonfinite(step)]
+  reached, _ = origins(steps, outputs)
+  return [i for i in sorted(reached) if _makes_nonfinite(steps[i])]
 
 
 def _makes_nonfinite(step: Step) -> bool:
@@ -341,15 +395,19 @@ def looks_for_nan(program: Any) -> bool:
   return False
 
 
-def draws_random_numbers(program: Any) -> bool:
-  """Whether a program draws bits from a key."""
-  if program is None:
-    return False
+def uses(program: Any, primitives: Collection[str]) -> bool:
+  """Whether any of some primitives is in a program."""
   return any(
-    eqn.primitive.name in ("random_bits", "threefry2x32", "rng_bit_generator")
-    or any(map(draws_random_numbers, programs_in(eqn)))
+    eqn.primitive.name in primitives
+    or any(uses(inner, primitives) for inner in programs_in(eqn))
     for eqn in program.eqns
   )
+
+
+def draws_random_numbers(program: Any) -> bool:
+  """Whether a program draws bits from a key."""
+  bits = ("random_bits", "threefry2x32", "rng_bit_generator")
+  return program is not None and uses(program, bits)
 
 
 def indices_into(program: Any, tables: Collection[int]) -> set[int]:

@@ -10,11 +10,12 @@ import numpy as np
 from optax_masking.testing._events import Broken, Event
 from optax_masking.testing._exact import compare
 from optax_masking.testing._masks import evenly_spaced
+from optax_masking.testing._poisons import Poisoning, poisonings
 from optax_masking.testing._problem import Problem
 from optax_masking.testing._program import cotangent, program, unoptimized
 from optax_masking.testing._report import Finding
 from optax_masking.testing._rounding import Pairs, agree, nearby_for
-from optax_masking.testing._run import Poisoning, Results, Run, error_line
+from optax_masking.testing._run import Results, Run, error_line
 
 
 def repetitions(run: Run) -> Iterator[Event]:
@@ -39,14 +40,14 @@ def repetitions(run: Run) -> Iterator[Event]:
 
 def vmapped(run: Run) -> Iterator[Event]:
   """The clauses again, for a batch of masks and poisons at once."""
-  poisonings = [p for mask in run.masks for p in run.poisonings(mask)]
+  tried = [p for mask in run.masks for p in poisonings(run, mask)]
   most = max(2, 2**20 // (run.problem.size + run.problem.where.size))
-  few = evenly_spaced(len(poisonings), min(48, most))
-  poisonings = [poisonings[i] for i in few]
+  few = evenly_spaced(len(tried), min(48, most))
+  tried = [tried[i] for i in few]
   masks = [
     list(run.masks)[i] for i in evenly_spaced(len(run.masks), min(16, most))
   ]
-  batch = _Batch(run, [*masks, *(p.mask for p in poisonings)])
+  batch = _Batch(run, [*masks, *(p.mask for p in tried)])
   try:
     clean = batch()
   except Exception as error:
@@ -60,10 +61,8 @@ def vmapped(run: Run) -> Iterator[Event]:
     return
   for lane, mask in enumerate(masks):
     yield from _agrees_with_jit(run, batch, clean, lane, mask)
-  got = batch(
-    [run.values_of(m) for m in masks] + list(map(run.poisoned, poisonings))
-  )
-  for lane, poisoning in enumerate(poisonings, len(masks)):
+  got = batch([run.values_of(m) for m in masks] + [p.data(run) for p in tried])
+  for lane, poisoning in enumerate(tried, len(masks)):
     before, after = [x[lane] for x in clean], [x[lane] for x in got]
     yield from _also_of_transforms(
       compare(run, poisoning, before, after, transform="vmap"), "vmap"
@@ -149,7 +148,7 @@ def in_python(run: Run) -> Iterator[Event]:
     try:
       python = _Python(run, mask)
       yield from python.agrees_with_jit()
-      for poisoning in run.poisonings(mask):
+      for poisoning in poisonings(run, mask):
         yield from _also_of_transforms(python.poisoned(poisoning), "eager")
     except Exception as error:
       yield refusal(run.problem, error, mask, run.masks[mask])
@@ -203,7 +202,7 @@ class _Python:
     )
 
   def poisoned(self, poisoning: Poisoning) -> Iterator[Event]:
-    run, values = self.run, self.run.poisoned(poisoning)
+    run, values = self.run, poisoning.data(self.run)
     yield from compare(
       run,
       poisoning,
