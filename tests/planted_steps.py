@@ -156,6 +156,58 @@ def mean_of_channels_of_pixels(images, targets, where):
   return mean_of(jnp.square(p - t), where)
 
 
+# Correct: losses of tokens that are scaled, and arrays whose sizes mislead.
+
+
+@correct((NUMBERS, OTHERS), RAGGED)
+def losses_of_sequences_for_their_mean(predictions, targets, where):
+  """Their mean is that of all tokens, and their number is part of each."""
+  p, t = fill_zeros(where, predictions, targets)
+  loss = jnp.sum(jnp.square(p - t), -1) * len(p)
+  return loss / jnp.maximum(jnp.sum(where), 1)
+
+
+@correct((LOGITS, LABELS, normal(47, 4)), RAGGED)
+def gains_of_as_many_features(logits, labels, gains, where):
+  """As many gains as a sequence has tokens, by chance."""
+  loss = mean_of(cross_entropies(logits, labels, where), where)
+  return loss * jnp.sum(jnp.square(gains))
+
+
+@correct(
+  (NUMBERS, OTHERS, np.array([[2, 0, 3, 1], [0, 1, 2, 3], [3, 2, 0, 1]])),
+  RAGGED,
+  axes={"order": None},
+)
+def matched_by_indices(predictions, targets, order, where):
+  """Without some elements the indices of the others would be wrong."""
+  p, t, m = (
+    jnp.take_along_axis(x, order, -1) for x in (predictions, targets, where)
+  )
+  p, t = fill_zeros(m, p, t)
+  return mean_of(jnp.square(p - t), m)
+
+
+@correct((NUMBERS, OTHERS), RAGGED, output="loss")
+def metric_of_nothing(predictions, targets, where):
+  """A metric beside the loss may be 0/0."""
+  p, t = fill_zeros(where, predictions, targets)
+  error = jnp.square(p - t)
+  metric = jnp.sum(error) / jnp.sum(where)
+  return {"loss": mean_of(error, where), "metric": metric}
+
+
+@correct(
+  (NUMBERS, OTHERS), mask("1111", "1100", "1000"), masks=("given", "padded")
+)
+def sorted_sequences_along_the_first_axis(predictions, targets, where):
+  """Counts by position, which must not grow: the rows are the positions."""
+  p, t = fill_zeros(where, predictions, targets)
+  loss = mean_of(jnp.square(p - t), where)
+  counts = jnp.sum(where, -1)
+  return jnp.where(jnp.all(counts[1:] <= counts[:-1]), loss, jnp.nan)
+
+
 # Correct: what arrays of JAX can do, and those of NumPy can't.
 
 
@@ -437,7 +489,7 @@ def integer_mask(logits, labels, where):
 
 
 @correct(
-  (PARAMS, batch_of(y=Y)), "batch['mask']", note="a term of the parameters"
+  (PARAMS, batch_of(y=Y)), "batch['mask']", note="as a penalty of weights"
 )
 def step_with_weight_decay(params, batch):
   m = batch["mask"]
@@ -693,6 +745,13 @@ def step_with_a_loss_of_optax(params, batch):
 
 
 # Faults: denominators.
+
+
+@fault((NUMBERS, OTHERS), RAGGED, ("compaction",))
+def at_least_two(predictions, targets, where):
+  """One element alone has half of its loss."""
+  p, t = fill_zeros(where, predictions, targets)
+  return jnp.sum(jnp.square(p - t)) / jnp.maximum(jnp.sum(where), 2)
 
 
 @fault((LOGITS, Y), RAGGED, ("compaction",))

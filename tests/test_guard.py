@@ -389,10 +389,46 @@ class NotesTest(parameterized.TestCase):
       row.loss, *row.args, where=row.where, **planted_steps.BRIEF
     )
     self.assertFalse(report.ok)
-    self.assertIn("masks=('padded',)", " ".join(report.notes))
+    self.assertIn("masks=('given', 'padded')", " ".join(report.notes))
     report = check(row, **GRADIENTS)
     self.assertTrue(report.ok)
     self.assertEmpty(report.notes)
+
+  def test_inverted_masks(self):
+    """The report on a loss of paddings proposes their inverse."""
+    (row,) = (r for r in planted_steps.CORRECT if r.name == "mean_of_tokens")
+
+    def of_paddings(predictions, targets, padding):
+      return row.loss(predictions, targets, ~padding)
+
+    options = planted_steps.BRIEF
+    report = testing.check_mask_safe(
+      of_paddings,
+      *row.args,
+      where=~row.where,
+      where_name="padding",
+      **options,
+    )
+    self.assertFalse(report.ok)
+    self.assertIn(
+      "say so: padding=..., where=lambda padding: padding == 0.",
+      " ".join(report.notes),
+    )
+    testing.assert_mask_safe(
+      of_paddings,
+      *row.args,
+      padding=~row.where,
+      where=lambda padding: padding == 0,
+      **options,
+    )
+
+  def test_arrays_that_the_mask_does_not_mask(self):
+    rows = {row.name: row for row in planted_steps.CORRECT}
+    row = rows["gains_of_as_many_features"]
+    (note,) = check(row, **GRADIENTS).notes
+    self.assertIn("masks nothing of `gains`", note)
+    row = dataclasses.replace(row, options={"axes": {"gains": None}})
+    self.assertEmpty(check(row, **GRADIENTS).notes)
 
 
 @pytest.mark.slow
@@ -564,7 +600,7 @@ class ArgumentsTest(parameterized.TestCase):
     return [k for k, v in report.clauses.items() if v == "broken"]
 
   def test_backward_pass_by_hand(self):
-    """A custom_vjp has no forward mode: a finding, and other checks go on."""
+    """A custom_vjp has no forward mode: a note, and other checks go on."""
 
     @jax.custom_vjp
     def square(x):
@@ -580,8 +616,13 @@ class ArgumentsTest(parameterized.TestCase):
 
     options = {"where": ELEMENTS}
     report = testing.check_mask_safe(right, PREDICTIONS, TARGETS, **options)
-    self.assertEqual({f.clause for f in report.findings}, {"transforms"})
-    self.assertIn("derivatives=('value', 'vjp')", str(report))
+    self.assertTrue(report.ok)
+    self.assertIn("The jvp can't be computed", str(report))
+    self.assertIn("derivatives=('value', 'vjp', 'hessian')", str(report))
+    with self.assertRaisesRegex(AssertionError, "see the notes"):
+      testing.assert_mask_safe(
+        right, PREDICTIONS, TARGETS, strict=True, **options
+      )
     report = testing.check_mask_safe(wrong, PREDICTIONS, TARGETS, **options)
     self.assertEqual(report.clauses["zero_gradient"], "broken")
     testing.assert_mask_safe(
@@ -858,6 +899,7 @@ class UsageTest(parameterized.TestCase):
     ),
     ({"axes": {"targets": (0, 2)}}, ValueError, "has 2 for `targets`"),
     ({"axes": {"where": (0,)}}, ValueError, "where"),
+    ({"derivative": ("value",)}, TypeError, "mean `derivatives`.*has_aux"),
   )
   def test_options(self, options, error, text):
     self.check_raises(error, text, **options)

@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
+import difflib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking.testing._call import Call, name_of
-from optax_masking.testing._check import check, padded_masks_explain
+from optax_masking.testing._call import Call, name_of, parameters_of
+from optax_masking.testing._check import check, explanations
 from optax_masking.testing._events import Log
 from optax_masking.testing._options import (
   DERIVATIVES,
@@ -111,9 +112,10 @@ def check_mask_safe(
     >>> report.clauses["compaction"], report.clauses["zero_gradient"]
     ('kept', 'broken')
   """
-  names = {field.name for field in dataclasses.fields(Options)}
+  names = [field.name for field in dataclasses.fields(Options)]
   chosen = Options(**{k: v for k, v in options.items() if k in names})
   keywords = {k: v for k, v in options.items() if k not in names}
+  _check_keywords(loss_fn, keywords, names)
   start = time.perf_counter()
   log, cases = Log(chosen), 0
   with (
@@ -127,11 +129,9 @@ def check_mask_safe(
       with _float64_for(dtype):
         problem, count = check(call, dtype, log)
         cases += count
-    if "padded" in chosen.masks and set(chosen.masks) - {"padded", "given"}:
-      dtype = (chosen.dtypes or (None,))[0]
-      with _float64_for(dtype):
-        note = padded_masks_explain(call, dtype, log)
-      log.add([] if note is None else [note])
+    dtype = (chosen.dtypes or (None,))[0]
+    with _float64_for(dtype):
+      log.add(explanations(call, dtype, log))
   data = [
     f"{a.name} {a.value.dtype}{list(a.value.shape)}"
     + ("" if a.maskable else " (not masked)")
@@ -141,6 +141,25 @@ def check_mask_safe(
   return log.report(
     call.name, cases, time.perf_counter() - start, ", ".join(data)
   )
+
+
+def _check_keywords(
+  loss_fn: Callable[..., Any], keywords: Iterable[str], options: Iterable[str]
+) -> None:
+  """Refuses a keyword that neither the check nor the loss has."""
+  parameters = parameters_of(loss_fn)
+  if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters):
+    return
+  own = [p.name for p in parameters]
+  for keyword in keywords:
+    if keyword not in own:
+      close = difflib.get_close_matches(keyword, [*options, *own], 1)
+      raise TypeError(
+        f"{name_of(loss_fn)} has no argument `{keyword}`, and the check has no"
+        f" such option."
+        + (f" Did you mean `{close[0]}`?" if close else "")
+        + f" The options are {', '.join(options)}."
+      )
 
 
 def assert_mask_safe(

@@ -109,6 +109,7 @@ class Call:
       where, self.mask_name, options.numeric_where
     )
     self._mask_is_jax = isinstance(where, jax.Array)
+    self._inverted = False
 
   def _name(self, path: str) -> str:
     """Names a leaf of (args, kwargs) as its caller does."""
@@ -125,7 +126,25 @@ class Call:
     As an input of a program: XLA would make a select of a product with a mask
     that it converts itself.
     """
-    return np.asarray(where).astype(self._mask_dtype)
+    where = np.asarray(where)
+    return (~where if self._inverted else where).astype(self._mask_dtype)
+
+  def inverted(self) -> "Call":
+    """A call of the loss with the inverse of each mask."""
+    other = copy.copy(self)
+    other._inverted = True
+    return other
+
+  def with_options(self, **options: Any) -> "Call":
+    """The same with other options."""
+    other = copy.copy(self)
+    other.options = dataclasses.replace(self.options, **options)
+    return other
+
+  @property
+  def mask_is_derived(self) -> bool:
+    """Whether the loss makes its mask of other arguments."""
+    return self._derive is not None
 
   def mask_for_loss(self, where: Any, eager: bool = False) -> Any:
     """A boolean mask in the dtype, and eagerly of the kind, that was given."""
@@ -174,7 +193,7 @@ class Call:
     """Whether the loss declares None as the default of its mask."""
     return self._by_name and any(
       p.name == self.options.where_name and p.default is None
-      for p in _parameters_of(self.loss_fn)
+      for p in parameters_of(self.loss_fn)
     )
 
   def reference(self, arrays: Sequence[Any]) -> Any:
@@ -380,7 +399,8 @@ def is_array(x: Any) -> bool:
   return jnp.issubdtype(x.dtype, jnp.number) or x.dtype == np.bool_
 
 
-def _parameters_of(loss_fn: Callable[..., Any]) -> list[inspect.Parameter]:
+def parameters_of(loss_fn: Callable[..., Any]) -> list[inspect.Parameter]:
+  """The parameters of a loss, none if they are unknown."""
   try:
     return list(inspect.signature(loss_fn).parameters.values())
   except (TypeError, ValueError):  # A callable without a signature.
@@ -392,7 +412,7 @@ def _positional(
 ) -> list[str]:
   """Names for so many positional arguments, without the mask."""
   names: list[str] = []
-  for p in _parameters_of(loss_fn):
+  for p in parameters_of(loss_fn):
     if p.kind is p.VAR_POSITIONAL:
       names += [f"{p.name}[{i}]" for i in range(count - len(names))]
     elif p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
@@ -404,7 +424,7 @@ def _place_of(
   loss_fn: Callable[..., Any], name: str | None, count: int
 ) -> int | None:
   """The position at which to insert a mask; None to pass it by its name."""
-  for position, p in enumerate(_parameters_of(loss_fn)):
+  for position, p in enumerate(parameters_of(loss_fn)):
     if p.name != name:
       continue
     between = position < count and p.kind is p.POSITIONAL_OR_KEYWORD

@@ -1,8 +1,7 @@
 """Checks a loss on the data of one dtype, clause by clause."""
 
-import copy
-import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from optax_masking.testing._exact import directions, poisoned, zeros
 from optax_masking.testing._honesty import (
   given_numbers,
   honesty,
+  unmasked_arrays,
   unmasked_axes,
   unpoisoned_inputs,
 )
@@ -54,6 +54,7 @@ _CHECKS = (
   honesty,
   given_numbers,
   unpoisoned_inputs,
+  unmasked_arrays,
   unmasked_axes,
 )
 
@@ -177,19 +178,17 @@ def _parts(problem: Problem, compiled: bool, log: Log) -> list[str]:
   all_parts = [p for d in PARTS if d in wanted for p in PARTS[d]]
   if _failure(problem, all_parts, compiled) is None:
     return all_parts
-  parts: list[str] = []
+  errors = {part: _failure(problem, [part], compiled) for part in all_parts}
+  parts = [part for part, error in errors.items() if error is None]
   failed: set[str] = set()
-  for part in all_parts:
-    error = _failure(problem, [part], compiled)
-    if error is None:
-      parts.append(part)
-    elif error not in failed:  # The same, by way of another derivative.
+  for part, error in errors.items():
+    if error and error not in failed:  # Not one that another derivative has.
       failed.add(error)
       log.add([_not_computed(problem, part, compiled, error, parts)])
-    if error is not None and part == "value":
-      how = "under jit" if compiled else "eagerly"
-      log.add(_none_tried(f"the loss does not run {how}"))
-      return []
+  if "value" not in parts:
+    how = "under jit" if compiled else "eagerly"
+    log.add(_none_tried(f"the loss does not run {how}"))
+    return []
   return parts
 
 
@@ -212,15 +211,20 @@ def _failure(
 
 def _not_computed(
   problem: Problem, part: str, compiled: bool, error: str, parts: list[str]
-) -> Broken:
+) -> Event:
+  """A finding, or a note on a derivative that a gradient does not need."""
   how = "under jit" if compiled else "eagerly"
   message = f"The {part} can't be computed {how}: {error}"
   if part != "value":
-    left = tuple(d for d in problem.options.derivatives if d in parts)
+    left = tuple(
+      d for d in problem.options.derivatives if {*PARTS[d]} <= {*parts}
+    )
     message += (
       " If the loss does not mean to have it, leave it out:"
       f" derivatives={left}."
     )
+  if part not in PARTS["value"] + PARTS["vjp"]:
+    return Note(message, serious=True)
   facts = {
     "message": message,
     "mask": "as given",
@@ -237,18 +241,45 @@ def _not_computed(
   return Broken(finding, functools.partial(dict, facts))
 
 
-def padded_masks_explain(call: Call, dtype: Any, log: Log) -> Note | None:
-  """A note, if no finding is left with masks of padded sequences alone."""
-  if not log.found or call.where.ndim == 0:
+def explanations(call: Call, dtype: Any, log: Log) -> Iterator[Note]:
+  """Notes another reading of the mask, if it explains the findings."""
+  found = {finding.clause for finding in log.found.values()}
+  if not found or call.where.ndim == 0:
+    return
+  for reading in (_only_padded(call), _inverted(call, found)):
+    if reading is None:
+      continue
+    other, expected, text = reading
+    alone = Log(other.options)
+    check(other, dtype, alone)
+    left = {finding.clause for finding in alone.found.values()}
+    if "accepts" in alone.tried and left <= expected:
+      yield Note(text)
+      return
+
+
+def _only_padded(call: Call) -> tuple[Call, set[str], str] | None:
+  masks = ("given", "padded")
+  given = set(call.options.masks)
+  if "padded" not in given or not given - set(masks):
     return None
-  other = copy.copy(call)
-  other.options = dataclasses.replace(call.options, masks=("padded",))
-  alone = Log(other.options)
-  check(other, dtype, alone)
-  if alone.found or "accepts" not in alone.tried:
-    return None
-  return Note(
-    "Nothing is found with masks of padded sequences alone, whose included"
-    " elements come first in each row. If the loss is for no other masks, say"
-    " so: masks=('padded',)."
+  text = (
+    "Nothing is found with the given mask and with masks of padded sequences,"
+    " whose included elements come first in each row. If the loss is for no"
+    f" other masks, say so: masks={masks}."
   )
+  return call.with_options(masks=masks), set(), text
+
+
+def _inverted(call: Call, found: set[str]) -> tuple[Call, set[str], str] | None:
+  if call.mask_is_derived or not {"invariance", "compaction"} <= found:
+    return None
+  name = call.mask_name
+  head = re.split(r"\W", name)[0]
+  argument = f"{head}=..., " if name == head else ""
+  text = (
+    f"Less is found with the inverse of `{name}`. If the loss takes True for"
+    f" what is masked, say so: {argument}where=lambda {head}: {name} == 0."
+  )
+  other = call.inverted().with_options(transforms=("jit",))
+  return other, found - {"compaction", "empty"}, text

@@ -1,23 +1,29 @@
 """Clause 3: the loss of the data without what is masked."""
 
+import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from optax_masking.testing import _trace
-from optax_masking.testing._events import Event, Untried
-from optax_masking.testing._rounding import Pairs, agree, differ, nearby_for
-from optax_masking.testing._run import Run, Values, error_line, weights_of
-from optax_masking.testing._smaller import (
+from optax_masking.testing._events import Broken, Event, Untried
+from optax_masking.testing._problem import without_shared_axes
+from optax_masking.testing._resized import (
   Resized,
   extended,
   flattened,
   without_masked,
 )
-
-# Each other shape is a program to compile: fewer in a narrower check.
-_MOST_SHAPES, _FEW_SHAPES = 8, 3
+from optax_masking.testing._rounding import Pairs, agree, differ, nearby_for
+from optax_masking.testing._run import (
+  Run,
+  Values,
+  error_line,
+  number,
+  weights_of,
+)
 
 
 def compaction(run: Run) -> Iterator[Event]:
@@ -28,21 +34,52 @@ def compaction(run: Run) -> Iterator[Event]:
       "the loss draws random numbers, which depend on the shape of the data",
     )
     return
-  narrow = "vmap" not in run.problem.options.transforms
-  most = _FEW_SHAPES if narrow else _MOST_SHAPES
+  if indices := _indices_of_masked(run):
+    yield Untried(
+      "compaction",
+      f"`{indices[0]}` has indices of the data, which removing some changes",
+    )
+    return
+  events = list(_of_other_sizes(run))
+  other = without_shared_axes(run.problem)
+  if other and any(isinstance(event, Broken) for event in events):
+    others = list(_of_other_sizes(dataclasses.replace(run, problem=other)))
+    if not any(isinstance(event, Broken) for event in others):
+      events = others
+  yield from events
+  yield from _equal_elements(run)
+
+
+def _indices_of_masked(run: Run) -> list[str]:
+  """The names of shared arrays that index what a mask masks."""
+  arguments = run.problem.arguments
+  if run.jaxpr is None or not any(
+    a.integer and not a.maskable for a in arguments
+  ):
+    return []
+  masked = {i for i, a in enumerate(arguments) if a.maskable}
+  found = _trace.indices_into(run.jaxpr, masked)
+  return [
+    a.name
+    for i, a in enumerate(arguments)
+    if i in found and a.integer and not a.maskable
+  ]
+
+
+def _of_other_sizes(run: Run) -> Iterator[Event]:
   call = run.problem.call
-  shapes: set[Any] = set()
+  # Each shape is a program to compile: one of each kind is enough.
+  shapes: dict[Any, tuple[int, ...]] = {}
   for mask in run.masks:
     for resized in _resizings(run, mask):
       if call.sources and not call.derives(
         resized.values(run.values_of(mask)), resized.where
       ):
         continue
-      shape = resized.where.shape
-      if shape not in shapes and len(shapes) >= most:
-        continue
-      shapes.add(shape)
-      yield from _same_loss(run, mask, resized)
+      shape, full = resized.where.shape, run.problem.where.shape
+      kind = resized.how, tuple(map(operator.eq, shape, full))
+      if shapes.setdefault(kind, shape) == shape:
+        yield from _same_loss(run, mask, resized)
 
 
 def _resizings(run: Run, mask: str) -> Iterator[Resized]:
@@ -131,7 +168,15 @@ def _pairs(
     else:
       continue
     pairs.append((quantity, taken, expected))
-  return pairs
+  # The losses of examples may be scaled for their mean, which their number is
+  # part of.
+  scale = other[None].size / max(1, run.result.size)
+  scaled = [(q, got * scale, expected) for q, got, expected in pairs]
+  if scale == 1 or any(a.shape != b.shape for _, a, b in pairs):
+    return pairs
+  return (
+    pairs if any(differ(run, a, b, q).any() for q, a, b in scaled) else scaled
+  )
 
 
 def _same_loss(run: Run, mask: str, resized: Resized) -> Iterator[Event]:
@@ -183,3 +228,41 @@ def _message(
       f" the included ones, {included}."
     )
   return text
+
+
+def _equal_elements(run: Run) -> Iterator[Event]:
+  """Clause 3 for one element: the mean of equal ones is that of each."""
+  problem = run.problem
+  if run.result.shape or problem.where.size < 4:
+    return
+  values = [
+    np.broadcast_to(
+      x[tuple(slice(None) if k is None else slice(1) for k in a.axes)], x.shape
+    )
+    if a.maskable
+    else x
+    for a, x in zip(problem.arguments, problem.values, strict=True)
+  ]
+  rows = []
+  for count in (1, 2, 3, 4):
+    where = np.arange(problem.where.size) < count
+    where = where.reshape(problem.where.shape)
+    arrays = problem.call.arrays_for(values, where)
+    if arrays is None:
+      return
+    rows.append((arrays, run.tangents, where))
+  quantity = run.quantities[0]
+  one, *more = run.evaluate(rows)[0]
+  if not (one and np.isfinite(one) and differ(run, one, more[0], quantity)):
+    return
+  if differ(run, more, more[0], quantity).any():
+    return  # It depends on more than their mean.
+  facts = {
+    "message": (
+      "With the same data in all elements, the loss of two, of three and of"
+      f" four included ones is {number(more[0])}, and that of one is"
+      f" {number(one)}."
+    ),
+    **run.facts("one element", one, more[0]),
+  }
+  yield run.broken("compaction", quantity, lambda: facts)

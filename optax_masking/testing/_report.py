@@ -254,7 +254,8 @@ class Report:
         f" ({tried}); {len(self.untried)} could not be tried."
       )
     else:
-      head = f"{self.name} keeps the mask contract ({tried})."
+      head = f"{self.name} keeps the mask contract ({tried})"
+      head += "; see the notes." if self.serious else "."
     if self.data and not self.ok:
       head += f"\nThe check called it with {self.data}."
     return head

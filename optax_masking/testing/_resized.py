@@ -10,6 +10,7 @@ import numpy as np
 from optax_masking.testing._labels import role
 from optax_masking.testing._options import Axes
 from optax_masking.testing._problem import Argument
+from optax_masking.testing._rounding import differ
 from optax_masking.testing._run import Run
 
 Take = Callable[[np.ndarray], np.ndarray]
@@ -237,6 +238,15 @@ def separate(run: Run, axis: int) -> bool:
     ).astype(t.dtype)
     for f, t in zip(problem.floats, run.tangents, strict=True)
   ]
+  if run.result_axes:
+    alone = first(range(problem.where.ndim), problem.where.shape)
+    values = problem.values_for(alone)
+    if values is None:
+      return False
+    own = first(run.result_axes, run.result.shape)
+    loss = run.evaluate_one(values, alone)[0]
+    if differ(run, loss[own], run.usual[0][own], run.quantities[0]).any():
+      return False  # It is divided by what all of them include.
   results = run.evaluate_one(run.all_included, run.everything, tangents)
   known = False
   for quantity, got in zip(run.quantities, results, strict=True):
