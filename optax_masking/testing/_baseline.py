@@ -57,6 +57,11 @@ def _wrong(content: Any) -> str | None:
 
 
 def write_baseline(file: str, found: Set[str], quick: bool) -> None:
+  """Writes a baseline of all findings of an audit.
+
+  Raises:
+    UsageError: If the file can't be written.
+  """
   content: Mapping[str, object] = {
     "schema": 1,
     "quick": quick,

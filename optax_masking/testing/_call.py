@@ -73,12 +73,12 @@ class Call:
     self.name = name_of(loss_fn)
     self._by_name = not isinstance(where, str) and not callable(where)
     skipped = options.where_name if self._by_name else None
-    self.parameters = _positional(loss_fn, len(args), skipped)
-    self._place = _place_of(loss_fn, skipped, len(args))
+    self.parameters = _argument_names(loss_fn, len(args), skipped)
+    self._mask_argument = _position_of_mask(loss_fn, skipped, len(args))
     leaves, self._rebuild = flatten((tuple(args), dict(kwargs)))
     self._leaves = [leaf for _, leaf in leaves]
     names = [self._name(path) for path, _ in leaves]
-    self._entry: int | None = None
+    self._mask_leaf: int | None = None
     self._derive: Callable[..., Any] | None = None
     self.sources: tuple[int, ...] = ()
     if where is None:
@@ -88,16 +88,16 @@ class Call:
       )
     if isinstance(where, str):
       where = where.replace('"', "'")
-      self._entry = _position(where, names, self._leaves, self.name)
-      self.mask_name, where = where, self._leaves[self._entry]
+      self._mask_leaf = _find_leaf(where, names, self._leaves, self.name)
+      self.mask_name, where = where, self._leaves[self._mask_leaf]
     else:
       self.mask_name = options.where_name
     positions = [
       i
       for i, leaf in enumerate(self._leaves)
-      if is_array(leaf) and i != self._entry
+      if is_array(leaf) and i != self._mask_leaf
     ]
-    self._positions = positions
+    self._array_leaves = positions  # In the order of `arrays`.
     self.names = [names[i] for i in positions]
     self.all_names = names
     self.arrays = [self._leaves[i] for i in positions]
@@ -105,7 +105,7 @@ class Call:
       self._derive, self.mask_name = where, "where(...)"
       where = self.derived(self.arrays)
       self.sources = self._find_sources()
-    self.where, self._mask_dtype = _boolean(
+    self.where, self._mask_dtype = _as_boolean(
       where, self.mask_name, options.numeric_where
     )
     self._mask_is_jax = isinstance(where, jax.Array)
@@ -175,7 +175,7 @@ class Call:
 
   def without_mask(self, omit: bool) -> Callable[[Sequence[Any]], Any] | None:
     """The loss as it is called without a mask, or with None for one."""
-    in_between = self._entry is not None or self._place is not None
+    in_between = self._mask_leaf is not None or self._mask_argument is not None
     if self._derive is not None or (omit and in_between):
       return None
 
@@ -203,23 +203,26 @@ class Call:
 
   def _with(self, arrays: Sequence[Any]) -> list[Any]:
     leaves = list(self._leaves)
-    for position, x in zip(self._positions, arrays, strict=True):
+    for position, x in zip(self._array_leaves, arrays, strict=True):
       leaves[position] = x
     return leaves
 
   def _arguments(self, arrays: Sequence[Any], mask: Any) -> tuple[Any, Any]:
+    """The arguments with other arrays, and with a mask where it belongs."""
     leaves = self._with(arrays)
-    if self._entry is not None:
-      leaves[self._entry] = mask
+    if self._mask_leaf is not None:
+      leaves[self._mask_leaf] = mask
     args, kwargs = self._rebuild(leaves)
     if self._by_name:
-      if self._place is None:
+      i = self._mask_argument
+      if i is None:
         kwargs = {**kwargs, self.options.where_name: mask}
       else:
-        args = (*args[: self._place], mask, *args[self._place :])
+        args = (*args[:i], mask, *args[i:])
     return args, kwargs
 
   def _output(self, result: Any) -> Any:
+    """The loss in what the function returned."""
     if self.options.has_aux:
       if not isinstance(result, tuple | list) or not result:
         raise UnusableResult(
@@ -407,7 +410,7 @@ def parameters_of(loss_fn: Callable[..., Any]) -> list[inspect.Parameter]:
     return []
 
 
-def _positional(
+def _argument_names(
   loss_fn: Callable[..., Any], count: int, skipped: str | None
 ) -> list[str]:
   """Names for so many positional arguments, without the mask."""
@@ -420,7 +423,7 @@ def _positional(
   return names + [f"args[{i}]" for i in range(len(names), count)]
 
 
-def _place_of(
+def _position_of_mask(
   loss_fn: Callable[..., Any], name: str | None, count: int
 ) -> int | None:
   """The position at which to insert a mask; None to pass it by its name."""
@@ -433,7 +436,7 @@ def _place_of(
   return None
 
 
-def _position(
+def _find_leaf(
   name: str, names: Sequence[str], leaves: Sequence[Any], loss: str
 ) -> int:
   """The position of the leaf that is the mask."""
@@ -446,7 +449,7 @@ def _position(
   return names.index(name)
 
 
-def _boolean(
+def _as_boolean(
   where: Any, name: str, numeric: bool
 ) -> tuple[np.ndarray, np.dtype]:
   """A mask as booleans, and the dtype that the loss wants it in."""

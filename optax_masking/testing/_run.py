@@ -123,6 +123,7 @@ class Run:
   def evaluate_one(
     self, values: Values, where: np.ndarray, tangents: Values | None = None
   ) -> Results:
+    """All quantities for some data, by default with the usual tangents."""
     tangents = self.tangents if tangents is None else tangents
     return [x[0] for x in self.evaluate([(values, tangents, where)])]
 
