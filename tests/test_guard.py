@@ -377,8 +377,8 @@ class NotesTest(parameterized.TestCase):
     self.assertEqual({f.clause for f in report.findings}, {"compaction"})
     message = " ".join(str(report).split())
     self.assertIn(
-      "It is divided by the number of all elements, 12, and not of the included"
-      " ones, 6.",
+      "The loss is divided by the number of all elements, 12, and not of the"
+      " included ones, 6.",
       message,
     )
 
@@ -410,15 +410,25 @@ class NotesTest(parameterized.TestCase):
       **options,
     )
     self.assertFalse(report.ok)
-    self.assertIn(
-      "say so: padding=..., where=lambda padding: padding == 0.",
-      " ".join(report.notes),
-    )
+    self.assertIn("say so: inverted_where=True.", " ".join(report.notes))
+    for transform in ("eager", "jit", "vmap"):
+      report = testing.assert_mask_safe(
+        of_paddings,
+        *row.args,
+        where=~row.where,
+        where_name="padding",
+        inverted_where=True,
+        **{**options, "transforms": (transform,)},
+      )
+      self.assertEmpty(report.notes)
+    numbers = (~row.where).astype("float32")
     testing.assert_mask_safe(
-      of_paddings,
+      lambda p, t, padding: row.loss(p, t, padding == 0),
       *row.args,
-      padding=~row.where,
-      where=lambda padding: padding == 0,
+      padding=numbers,
+      where="padding",
+      numeric_where=True,
+      inverted_where=True,
       **options,
     )
 

@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking.testing._call import Call, name_of, parameters_of
+from optax_masking.testing._call import (
+  Call,
+  missing_arguments,
+  name_of,
+  parameters_of,
+)
 from optax_masking.testing._check import check, explanations
 from optax_masking.testing._events import Log
 from optax_masking.testing._options import (
@@ -116,6 +121,7 @@ def check_mask_safe(
   chosen = Options(**{k: v for k, v in options.items() if k in names})
   keywords = {k: v for k, v in options.items() if k not in names}
   _check_keywords(loss_fn, keywords, names)
+  _check_names(loss_fn, len(args), chosen)
   start = time.perf_counter()
   log, cases = Log(chosen), 0
   with (
@@ -129,9 +135,8 @@ def check_mask_safe(
       with _float64_for(dtype):
         problem, count = check(call, dtype, log)
         cases += count
-    dtype = (chosen.dtypes or (None,))[0]
-    with _float64_for(dtype):
-      log.add(explanations(call, dtype, log))
+    with _float64_for(next((f.dtype for f in log.found.values()), None)):
+      log.add(explanations(call, log))
   data = [
     f"{a.name} {a.value.dtype}{list(a.value.shape)}"
     + ("" if a.maskable else " (not masked)")
@@ -162,12 +167,29 @@ def _check_keywords(
       )
 
 
+def _check_names(
+  loss_fn: Callable[..., Any], count: int, options: Options
+) -> None:
+  """Refuses an option that is an argument of the loss, too."""
+  for name in missing_arguments(loss_fn, count):
+    default = getattr(Options, name, None)
+    if (
+      name != options.where_name and getattr(options, name, None) is not default
+    ):
+      raise TypeError(
+        f"`{name}` is an argument of {name_of(loss_fn)} and an option of the"
+        f" check. For the argument, pass functools.partial(loss_fn, {name}=...)"
+        " or all arguments by position."
+      )
+
+
 def assert_mask_safe(
   loss_fn: Callable[..., Any],
   *args: Any,
   where: Any,
   where_name: str = "where",
   numeric_where: bool = False,
+  inverted_where: bool = False,
   axes: Mapping[str, Axes | None] | None = None,
   output: Any = None,
   has_aux: bool = False,
@@ -205,6 +227,8 @@ def assert_mask_safe(
     where_name: The name of the parameter that is the mask.
     numeric_where: Whether the loss takes a mask of zeros and ones, in the dtype
       of the given one.
+    inverted_where: Whether the loss takes True, or one, for what is masked, as
+      for paddings. The given mask is one of these, too.
     axes: For each array, by name, the axis of the mask that runs along each of
       its axes, and None where none does: `{"logits": (0, 1, None)}`. None
       instead of a tuple: the mask does not mask this array, or this whole
@@ -246,11 +270,12 @@ def assert_mask_safe(
       the argument, element, mask, poison, derivative, transformation and dtype,
       the numbers, and the operation and the line of code in which the first NaN
       arose.
-    TypeError: If the mask is not boolean, or the loss does not return a
-      floating array.
+    TypeError: If the mask is not boolean, if the loss does not return a
+      floating array, or if a keyword is neither an option nor an argument of
+      the loss.
     ValueError: If no array is floating, if the mask fits no array, if an
       included element is not finite, if there are more than a million numbers,
-      or if an option is unknown.
+      or if an option has an unknown value.
 
   Examples:
     >>> import jax.numpy as jnp

@@ -14,18 +14,21 @@ from optax_masking.testing._run import Run, error_line, number
 
 def clean_arithmetic(run: Run) -> Iterator[Event]:
   """Looks at every operation, for some of the masks."""
-  first = next(iter(run.masks))
   try:
-    if run.all_included is None:
-      steps, outputs = run.steps(run.values_of(first), run.masks[first])
-    else:
-      steps, outputs = run.steps(run.all_included, run.everything)
+    yield from _all_operations(run)
   except Exception as error:
     yield Untried(
       "clean_arithmetic",
       f"the loss can't be run operation by operation: {error_line(error)}",
     )
-    return
+
+
+def _all_operations(run: Run) -> Iterator[Event]:
+  if run.all_included is None:
+    first = next(iter(run.masks))
+    steps, outputs = run.steps(run.values_of(first), run.masks[first])
+  else:
+    steps, outputs = run.steps(run.all_included, run.everything)
   yield Tried("clean_arithmetic")
   made = _trace.making_nonfinite(steps, outputs)
   usual = {_place(steps[i]) for i in made}

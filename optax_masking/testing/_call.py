@@ -102,14 +102,19 @@ class Call:
     self.all_names = names
     self.arrays = [self._leaves[i] for i in positions]
     if callable(where):
+      if options.inverted_where or options.numeric_where:
+        raise TypeError(
+          "`numeric_where` and `inverted_where` are for masks that the loss"
+          " takes. A function as `where` returns True for what is included."
+        )
       self._derive, self.mask_name = where, "where(...)"
       where = self.derived(self.arrays)
       self.sources = self._find_sources()
-    self.where, self._mask_dtype = _as_boolean(
+    given, self._mask_dtype = _as_boolean(
       where, self.mask_name, options.numeric_where
     )
+    self.where = ~given if options.inverted_where else given
     self._mask_is_jax = isinstance(where, jax.Array)
-    self._inverted = False
 
   def _name(self, path: str) -> str:
     """Names a leaf of (args, kwargs) as its caller does."""
@@ -121,18 +126,19 @@ class Call:
     return head.strip("'") + rest
 
   def host_mask(self, where: np.ndarray) -> np.ndarray:
-    """A boolean mask in the dtype that was given.
+    """A mask, True for what is included, as the loss takes it.
 
     As an input of a program: XLA would make a select of a product with a mask
     that it converts itself.
     """
     where = np.asarray(where)
-    return (~where if self._inverted else where).astype(self._mask_dtype)
+    inverted = self.options.inverted_where
+    return (~where if inverted else where).astype(self._mask_dtype)
 
   def inverted(self) -> "Call":
-    """A call of the loss with the inverse of each mask."""
-    other = copy.copy(self)
-    other._inverted = True
+    """The same call, if the loss takes True for what is masked."""
+    other = self.with_options(inverted_where=not self.options.inverted_where)
+    other.where = ~self.where
     return other
 
   def with_options(self, **options: Any) -> "Call":
@@ -408,6 +414,12 @@ def parameters_of(loss_fn: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(inspect.signature(loss_fn).parameters.values())
   except (TypeError, ValueError):  # A callable without a signature.
     return []
+
+
+def missing_arguments(loss_fn: Callable[..., Any], count: int) -> list[str]:
+  """Names of the parameters that so many positional arguments leave."""
+  parameters = parameters_of(loss_fn)
+  return [p.name for i, p in enumerate(parameters) if i >= count]
 
 
 def _argument_names(

@@ -1,7 +1,8 @@
 """Checks a loss on the data of one dtype, clause by clause."""
 
 import functools
-import re
+import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_masking.testing._ambiguity import with_result_axes
 from optax_masking.testing._arithmetic import clean_arithmetic
 from optax_masking.testing._call import Call, UnusableResult, contents
 from optax_masking.testing._compaction import compaction
@@ -21,14 +23,16 @@ from optax_masking.testing._events import (
   Untried,
 )
 from optax_masking.testing._exact import directions, poisoned, zeros
-from optax_masking.testing._honesty import (
+from optax_masking.testing._honesty import honesty
+from optax_masking.testing._identity import identity
+from optax_masking.testing._masks import padded
+from optax_masking.testing._notes import (
   given_numbers,
-  honesty,
+  underivable_masks,
   unmasked_arrays,
   unmasked_axes,
   unpoisoned_inputs,
 )
-from optax_masking.testing._identity import identity
 from optax_masking.testing._problem import (
   Problem,
   make_problem,
@@ -44,6 +48,8 @@ from optax_masking.testing._transforms import (
   vmapped,
 )
 
+_GUARD = os.path.dirname(__file__) + os.sep
+_LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (jax, np))
 _CHECKS = (
   zeros,
   directions,
@@ -56,6 +62,7 @@ _CHECKS = (
   unpoisoned_inputs,
   unmasked_arrays,
   unmasked_axes,
+  underivable_masks,
 )
 
 
@@ -66,8 +73,35 @@ def check(call: Call, dtype: Any, log: Log) -> tuple[Problem, int]:
   if run is None:
     return problem, 1
   for clause in _checks_of(run):
-    log.add(clause(run))
+    try:
+      log.add(clause(run))
+    except Exception as error:
+      if not _is_of_the_loss(error):
+        raise
+      log.add([_raised(run, error)])
   return problem, run.tally["cases"]
+
+
+def _is_of_the_loss(error: BaseException) -> bool:
+  """Whether the loss raised an error, and not the check."""
+  if isinstance(error, jax.errors.JaxRuntimeError):  # By way of a callback.
+    return True
+  frames = [f.filename for f in traceback.extract_tb(error.__traceback__)]
+  last = max(i for i, file in enumerate(frames) if file.startswith(_GUARD))
+  return any(not file.startswith(_LIBRARIES) for file in frames[last + 1 :])
+
+
+def _raised(run: Run, error: BaseException) -> Event:
+  """The finding that a loss raises on some of the data."""
+  facts = {
+    "message": (
+      "The loss raises on data that the check makes, of masked or included"
+      f" elements that hold other numbers: {error_line(error)}"
+    ),
+    "got": error_line(error),
+  }
+  finding = Finding("accepts", "", dtype=run.dtype)
+  return Broken(finding, lambda: facts)
 
 
 def _checks_of(run: Run) -> Iterator[Callable[[Run], Iterator[Event]]]:
@@ -104,7 +138,7 @@ def _start(problem: Problem, log: Log) -> Run | None:
   if not run.masks:
     log.add(_none_tried("no data could be made for any mask"))
     return None
-  return run
+  return with_result_axes(run)
 
 
 def _none_tried(reason: str) -> list[Event]:
@@ -198,7 +232,7 @@ def _failure(
   """Why some parts can't be computed, None if they can."""
   some = program(problem.call, parts, problem.floats)
   tangents = [problem.values[f] for f in problem.floats]
-  values, where = problem.values, problem.where
+  values, where = problem.values, problem.call.host_mask(problem.where)
   try:
     if compiled:  # A custom_vjp fails only when it is lowered.
       jax.jit(some).lower(values, tangents, where=where)
@@ -241,27 +275,33 @@ def _not_computed(
   return Broken(finding, functools.partial(dict, facts))
 
 
-def explanations(call: Call, dtype: Any, log: Log) -> Iterator[Note]:
+def explanations(call: Call, log: Log) -> Iterator[Note]:
   """Notes another reading of the mask, if it explains the findings."""
-  found = {finding.clause for finding in log.found.values()}
+  found = list(log.found.values())
   if not found or call.where.ndim == 0:
     return
-  for reading in (_only_padded(call), _inverted(call, found)):
+  for reading in (_only_padded(call, found), _inverted(call, found)):
     if reading is None:
       continue
     other, expected, text = reading
     alone = Log(other.options)
-    check(other, dtype, alone)
+    check(other, found[0].dtype, alone)
     left = {finding.clause for finding in alone.found.values()}
     if "accepts" in alone.tried and left <= expected:
       yield Note(text)
       return
 
 
-def _only_padded(call: Call) -> tuple[Call, set[str], str] | None:
+Reading = tuple[Call, set[str], str]
+
+
+def _only_padded(call: Call, found: Sequence[Finding]) -> Reading | None:
   masks = ("given", "padded")
   given = set(call.options.masks)
   if "padded" not in given or not given - set(masks):
+    return None
+  usual = ("as given", "all included", "nothing included")
+  if all(f.mask in (None, *usual, *padded(call.where)) for f in found):
     return None
   text = (
     "Nothing is found with the given mask and with masks of padded sequences,"
@@ -271,15 +311,13 @@ def _only_padded(call: Call) -> tuple[Call, set[str], str] | None:
   return call.with_options(masks=masks), set(), text
 
 
-def _inverted(call: Call, found: set[str]) -> tuple[Call, set[str], str] | None:
-  if call.mask_is_derived or not {"invariance", "compaction"} <= found:
+def _inverted(call: Call, found: Sequence[Finding]) -> Reading | None:
+  clauses = {finding.clause for finding in found}
+  if call.mask_is_derived or not {"invariance", "compaction"} <= clauses:
     return None
-  name = call.mask_name
-  head = re.split(r"\W", name)[0]
-  argument = f"{head}=..., " if name == head else ""
   text = (
-    f"Less is found with the inverse of `{name}`. If the loss takes True for"
-    f" what is masked, say so: {argument}where=lambda {head}: {name} == 0."
+    f"Less is found with the inverse of `{call.mask_name}`. If the loss takes"
+    " True for what is masked, say so: inverted_where=True."
   )
   other = call.inverted().with_options(transforms=("jit",))
-  return other, found - {"compaction", "empty"}, text
+  return other, clauses - {"compaction", "empty"}, text

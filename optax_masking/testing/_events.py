@@ -20,6 +20,7 @@ _WHY_UNTRIED = {
   "compaction": "no mask leaves data of a shape that the loss takes",
 }
 _WHY_NOT_APPLICABLE = {
+  "transforms": "one transformation alone was asked for",
   "masked_label": "no integer argument names a class that a mask masks",
   "identity": "the loss needs a mask, and there is no `reference`",
 }
@@ -114,30 +115,38 @@ class Log:
   def report(self, name: str, cases: int, seconds: float, data: str) -> Report:
     """Makes the report of all events."""
     findings = sort_by_clause(_without_repetitions(self.found.values()))
-    broken = {finding.clause for finding in self.found.values()}
+    broken = {finding.clause for finding in findings}
     clauses = {}
     for clause in CLAUSES:
-      if clause in self.options.skip:
-        continue
       if clause in broken:
         clauses[clause] = "broken"
-      elif clause in self.tried:
-        clauses[clause] = "kept"
-      elif clause in self.reasons or clause not in _WHY_NOT_APPLICABLE:
-        clauses[clause] = self.reasons.get(clause, _WHY_UNTRIED[clause])
-      else:
-        clauses[clause] = f"{NOT_APPLICABLE}: {_WHY_NOT_APPLICABLE[clause]}"
+      elif clause not in self.options.skip:
+        clauses[clause] = self._state(clause)
+    notes = dict(self.notes)
+    for clause in self.tried & self.reasons.keys():
+      reason = self.reasons[clause]
+      notes[f"Not all of {clause} could be tried: {reason}."] = False
     return Report(
-      name,
-      findings,
-      clauses,
-      cases,
-      seconds,
-      data,
-      tuple(self.notes),
-      self.options.strict,
-      any(self.notes.values()),
+      name=name,
+      findings=findings,
+      clauses=clauses,
+      cases=cases,
+      seconds=seconds,
+      data=data,
+      notes=tuple(notes),
+      strict=self.options.strict,
+      serious=any(notes.values()),
     )
+
+  def _state(self, clause: str) -> str:
+    """What a report says of a clause that it does not call broken."""
+    if any(finding.clause == clause for finding in self.found.values()):
+      return f"{NOT_APPLICABLE}: another clause reports what it found"
+    if clause in self.tried:
+      return "kept"
+    if clause in self.reasons or clause not in _WHY_NOT_APPLICABLE:
+      return self.reasons.get(clause, _WHY_UNTRIED[clause])
+    return f"{NOT_APPLICABLE}: {_WHY_NOT_APPLICABLE[clause]}"
 
 
 def _without_repetitions(findings: Iterable[Finding]) -> list[Finding]:

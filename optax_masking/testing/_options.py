@@ -23,6 +23,7 @@ class Options:
 
   where_name: str = "where"
   numeric_where: bool = False
+  inverted_where: bool = False
   axes: Mapping[str, Axes | None] | None = None
   output: Any = None
   has_aux: bool = False

@@ -328,7 +328,8 @@ def _finite(problem: Problem) -> Problem:
     masked = problem.masked(problem.where, i)
     kept = a.value[~masked]
     if a.floating:
-      if not np.isfinite(kept).all():
+      # Among what all examples share, an infinity may be a constant.
+      if np.isnan(kept).any() or (a.maskable and np.isinf(kept).any()):
         raise ValueError(
           f"`{a.name}` has a NaN or an infinity that is included, as"
           f" {a.value.dtype}. Pass data that are finite where the mask is True."
@@ -363,18 +364,4 @@ def replace_masked(problem: Problem) -> Problem:
     if masked.any() and i not in problem.call.sources:
       a = arguments[i]
       arguments[i] = replace_elements(a, masked, a.value[~masked])
-  return dataclasses.replace(problem, arguments=tuple(arguments))
-
-
-def without_shared_axes(problem: Problem) -> Problem | None:
-  """The same, if arrays that all examples share have no axis of the mask's.
-
-  Such an axis may have the same size by chance. None if there is none.
-  """
-  if all(a.maskable or not {*a.axes} - {None} for a in problem.arguments):
-    return None
-  arguments = (
-    a if a.maskable else dataclasses.replace(a, axes=(None,) * len(a.axes))
-    for a in problem.arguments
-  )
   return dataclasses.replace(problem, arguments=tuple(arguments))

@@ -1,5 +1,6 @@
 """A loss with its derivatives, as one program."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,18 +123,24 @@ def program(
 _BATCH, _MOST_LANES = 2**21, 64
 
 
+@functools.cache
 def unoptimized() -> dict[str, Any] | None:
-  """Options to compile sooner what runs once."""
+  """Options of XLA to compile programs that run once in half of the time."""
   if jax.default_backend() != "cpu":
     return None
-  options: dict[str, Any] = {
+  options = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_parallel_codegen_split_count": 1,
   }
-  if jax.__version_info__ < (0, 11):  # Later versions have no such option.
-    options["xla_cpu_use_fusion_emitters"] = False
-  return options
+  # Only some versions have the last one.
+  for tried in ({**options, "xla_cpu_use_fusion_emitters": False}, options):
+    try:
+      jax.jit(lambda: 0.0, compiler_options=tried).lower().compile()
+      return tried
+    except Exception:  # Of an option that is unknown.
+      continue
+  return None
 
 
 class Lanes:

@@ -69,7 +69,9 @@ class Finding:
   @property
   def key(self) -> str:
     """An identifier that baselines use: the same for other data and numbers."""
-    parts = (self.clause, self.argument, self.derivative, self.wrt, self.dtype)
+    parts = [self.clause, self.argument, self.derivative, self.wrt, self.dtype]
+    if self.clause == "transforms":
+      parts.append(self.transform)
     return "/".join(part or "-" for part in parts)
 
   def to_dict(self) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def agree(
   yield Tried(clause)
   beside: Pairs | None = None
   for i, (quantity, got, expected) in enumerate(pairs(False)):
-    # What is not finite without a mask is no number to compare with.
+    # A number that is not finite can't be compared.
     wrong = differ(run, got, expected, quantity) & np.isfinite(expected)
     if quantity.derivative == "hessian":
       # Its terms cancel by more than the computed numbers show.
@@ -115,7 +115,7 @@ def agree(
           got=number(got[index]),
           expected=number(expected[index]),
         ),
-        **run.facts(mask, got[index], expected[index]),
+        **run.facts(mask, got[index], expected[index], where),
         **blame(run, quantity, got[index], values, where),
       }
 
@@ -125,8 +125,15 @@ def agree(
 def nearby_for(run: Run, where: np.ndarray) -> Values:
   """Data near the clean ones, off their kinks and ties, for a mask."""
   rng = np.random.default_rng(1)
+
+  def moved_from(x):
+    # Kinks and ties are most often at 0.
+    beside = 0.01 * np.abs(np.asarray(x, "float64")).max(initial=0)
+    moved = np.where(x == 0, beside, x) * rng.uniform(0.99, 1.01, x.shape)
+    return moved.astype(x.dtype)
+
   moved = [
-    (x * rng.uniform(0.99, 1.01, x.shape)).astype(x.dtype)
+    moved_from(x)
     if i in run.problem.floats and i not in run.problem.call.sources
     else x
     for i, x in enumerate(run.problem.values)

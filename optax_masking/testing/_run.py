@@ -232,7 +232,12 @@ class Run:
     if not inputs or self.jaxpr is None:
       return frozenset()
     shared = {i for i, a in enumerate(self.problem.arguments) if not a.maskable}
-    return frozenset(inputs & _trace.indices_into(self.jaxpr, shared))
+    return frozenset(inputs & _trace.flow(self.jaxpr, shared).indices)
+
+  @functools.cached_property
+  def looked_at_for_nan(self) -> frozenset[int]:
+    """Arguments of which the program asks whether they are NaN."""
+    return frozenset(_trace.flow(self.jaxpr).looked_at_for_nan)
 
   # The program, operation by operation.
 
@@ -296,9 +301,15 @@ class Run:
     )
     return Broken(finding, describe)
 
-  def facts(self, mask: str, got: Any, expected: Any) -> dict[str, Any]:
-    """The facts about a mask and two numbers."""
-    where = self.masks.get(mask, self.everything)
+  def facts(
+    self,
+    mask: str,
+    got: Any,
+    expected: Any,
+    where: np.ndarray | None = None,
+  ) -> dict[str, Any]:
+    """The facts about a mask, by default one of `masks`, and two numbers."""
+    where = self.masks[mask] if where is None else where
     return {
       "mask": mask,
       "where": where.tolist() if where.size <= 256 else None,

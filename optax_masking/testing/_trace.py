@@ -63,6 +63,7 @@ _ELEMENTWISE = (
   "sub",
   "tan",
 )
+_NOTHING = contextlib.nullcontext()
 # Longer loops are one operation.
 _LENGTH = 64
 _GUARD = os.path.dirname(__file__) + os.sep
@@ -96,6 +97,11 @@ class Value:
     self.step = step
     self.position = position
 
+  @property
+  def is_constant(self) -> bool:
+    """Whether the array is the same in each run."""
+    return self.step is None and self.position is None
+
 
 class Recorder:
   """Runs a closed jaxpr on flat arguments, and returns all steps.
@@ -118,8 +124,13 @@ class Recorder:
     return steps, _run(jaxpr, consts, inputs, steps, None)
 
   def _arrays(self, arguments: Sequence[Any]) -> list[list[Any]]:
-    self._traced = steps, _ = self._run(arguments)
-    return [[value.array for value in step.outputs] for step in steps]
+    steps, outputs = self._traced = self._run(arguments)
+    arrays = [[value.array for value in step.outputs] for step in steps]
+    for values in (outputs, *(step.inputs + step.outputs for step in steps)):
+      for value in values:
+        if not value.is_constant:
+          value.array = None  # JAX forbids to keep what it traces.
+    return arrays
 
   def __call__(
     self, arguments: Sequence[Any]
@@ -187,17 +198,22 @@ def _run(
       functions, parameters = bound if isinstance(bound, tuple) else ([], bound)
       # What has no inputs is no part of the data, and may choose a branch.
       constant = values == []
-      with (
-        jax.ensure_compile_time_eval() if constant else contextlib.nullcontext()
-      ):
+      with jax.ensure_compile_time_eval() if constant else _NOTHING:
         arrays = eqn.primitive.bind(
-          *functions, *(v.array for v in values), **parameters
+          *functions, *(_as_it_is(v.array) for v in values), **parameters
         )
       arrays = arrays if eqn.primitive.multiple_results else [arrays]
       results = [Value(x, len(steps), i) for i, x in enumerate(arrays)]
       steps.append(Step(eqn.primitive.name, values, results, traceback))
     known.update(zip(eqn.outvars, results, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
+
+
+def _as_it_is(x: Any) -> Any:
+  """Keeps XLA from computing with what an array is made of."""
+  if isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.number):
+    return jax.lax.optimization_barrier(x)
+  return x
 
 
 def _scan(
@@ -377,24 +393,6 @@ def programs_in(eqn: Any) -> Iterator[Any]:
       yield parameter
 
 
-def looks_for_nan(program: Any) -> bool:
-  """Whether a program asks if a number is NaN, as nan_to_num does.
-
-  A program that can't be looked into, None, may do so.
-  """
-  if program is None:
-    return True
-  for eqn in program.eqns:
-    name = eqn.primitive.name
-    if name == "is_finite":
-      return True
-    if name in ("eq", "ne") and eqn.invars[0] is eqn.invars[-1]:
-      return True
-    if any(map(looks_for_nan, programs_in(eqn))):
-      return True
-  return False
-
-
 def uses(program: Any, primitives: Collection[str]) -> bool:
   """Whether any of some primitives is in a program."""
   return any(
@@ -410,8 +408,21 @@ def draws_random_numbers(program: Any) -> bool:
   return program is not None and uses(program, bits)
 
 
-def indices_into(program: Any, tables: Collection[int]) -> set[int]:
-  """The arguments by which rows of some tables are looked up.
+class Flow(NamedTuple):
+  """What a program does with its arguments, by their positions.
+
+  Attributes:
+    indices: The arguments by which rows of some tables are looked up.
+    looked_at_for_nan: Those of which it asks whether they are NaN, as
+      nan_to_num does.
+  """
+
+  indices: set[int]
+  looked_at_for_nan: set[int]
+
+
+def flow(program: Any, tables: Collection[int] = ()) -> Flow:
+  """Follows the arguments of a program.
 
   Args:
     program: A closed jaxpr.
@@ -421,16 +432,22 @@ def indices_into(program: Any, tables: Collection[int]) -> set[int]:
   names = {v: i for i, v in enumerate(jaxpr.invars)}
   tables_of = {v: {i} if i in tables else set() for v, i in names.items()}
   origins_of = {v: {i} for v, i in names.items()}
-  found: set[int] = set()
-  _look_up(jaxpr, tables_of, origins_of, found)
+  found = Flow(set(), set())
+  _follow(jaxpr, tables_of, origins_of, found)
   return found
 
 
-def _look_up(
+def _asks_for_nan(eqn: Any) -> bool:
+  name = eqn.primitive.name
+  same = name in ("eq", "ne") and eqn.invars[0] is eqn.invars[-1]
+  return same or name == "is_finite"
+
+
+def _follow(
   jaxpr: Any,
   tables_of: dict[Any, set[int]],
   origins_of: dict[Any, set[int]],
-  found: set[int],
+  found: Flow,
 ) -> list[tuple[set[int], set[int]]]:
   """Follows tables through moves, and the origins of all other arrays."""
 
@@ -441,18 +458,22 @@ def _look_up(
     tables = [read(tables_of, a) for a in eqn.invars]
     origins_ = [read(origins_of, a) for a in eqn.invars]
     if eqn.primitive.name == "gather" and tables[0]:
-      found |= origins_[1]
-    inner = next(programs_in(eqn), None)
+      found.indices.update(origins_[1])
+    if _asks_for_nan(eqn):
+      found.looked_at_for_nan.update(*origins_)
     results = None
-    if inner is not None:
+    for inner in programs_in(eqn):
       body = getattr(inner, "jaxpr", inner)
-      if len(body.invars) == len(eqn.invars):
-        results = _look_up(
-          body,
-          dict(zip(body.invars, tables, strict=True)),
-          dict(zip(body.invars, origins_, strict=True)),
-          found,
-        )
+      # A branch has no input for the number of its branch.
+      skipped = len(eqn.invars) - len(body.invars)
+      if skipped not in (0, 1):
+        continue
+      results = _follow(
+        body,
+        dict(zip(body.invars, tables[skipped:], strict=True)),
+        dict(zip(body.invars, origins_[skipped:], strict=True)),
+        found,
+      )
     if results is None or len(results) != len(eqn.outvars):
       moved = eqn.primitive.name in _MOVES and eqn.primitive.name != "gather"
       outcome = (

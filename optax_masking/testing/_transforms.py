@@ -29,13 +29,15 @@ def repetitions(run: Run) -> Iterator[Event]:
         if quantity.repeats_value
       ]
 
-    yield from agree(
+    events = agree(
       run,
       "transforms",
       mask,
       pairs,
       "Under differentiation, {what} is {got}; by itself it is {expected}.",
     )
+    # That it is the same is no sign of any transformation.
+    yield from (event for event in events if isinstance(event, Broken))
 
 
 def vmapped(run: Run) -> Iterator[Event]:
@@ -175,7 +177,11 @@ class _Python:
   def results_of(self, values: Any) -> list[np.ndarray]:
     self.run.tally["cases"] += 1
     return jax.device_get(
-      self._derivatives(values, self.run.tangents, where=self.where)
+      self._derivatives(
+        values,
+        self.run.tangents,
+        where=self.run.problem.call.host_mask(self.where),
+      )
     )
 
   def agrees_with_jit(self) -> Iterator[Event]:
