@@ -252,11 +252,13 @@ def assert_mask_safe(
       `("float32", "bfloat16")`. By default the arguments keep their dtypes,
       but float64 becomes float32 unless JAX has it enabled.
     derivatives: Which of `"value"`, `"vjp"`, `"jvp"` and `"hessian"` to try.
-    transforms: Which of `"eager"`, `"jit"` and `"vmap"` to try.
+    transforms: Which of `"eager"`, `"jit"` and `"vmap"` to try. Eagerly, values
+      and gradients are computed for two of the masks.
     masks: Which masks to try: `"given"`, `"none"` and `"all"` (nothing and
       everything included), `"elements"` (one masked, one included), `"rows"`
       and `"columns"` (of the first and the last axis of `where`) and `"padded"`
-      (the first elements of each row, as of sequences of several lengths).
+      (the first elements of each row, as of sequences of several lengths, some
+      of them empty or full).
     samples: How many elements, rows and columns to try at most; fewer for
       arrays of many thousand numbers.
     **kwargs: Keyword arguments of the loss, with arrays as in `args`. For a
@@ -315,7 +317,7 @@ def assert_mask_safe(
 
 
 def check_case(case: MaskCase, **narrower: Any) -> Report:
-  """Checks a case, with no more than the given derivatives, masks, ..."""
+  """Checks a case with its options, cut down to narrower ones."""
   options = narrowed(case.options, narrower)
   report = check_mask_safe(
     case.loss_fn, *case.args, where=case.where, **options

@@ -33,7 +33,7 @@ def check_loss(loss: Loss, quick: bool = False) -> Report:
     finding = Finding("accepts", f"{loss.name} {loss.unchecked_reason}.")
     reasons = dict.fromkeys(CLAUSES, loss.unchecked_reason)
     clauses = {**reasons, "accepts": "broken"}
-    return Report(loss.name, (finding,), clauses, 1, 0.0)
+    return Report(loss.name, (finding,), clauses, cases=1, seconds=0.0)
   try:
     if quick:
       reports = [check_case(case, **_QUICK_OPTIONS) for case in loss.cases]
@@ -76,15 +76,15 @@ def merge_reports(name: str, reports: list[Report], seconds: float) -> Report:
     if states:
       clauses[clause] = min(states, key=_weight)
   return Report(
-    name,
-    sort_by_clause(findings.values()),
-    clauses,
-    sum(report.cases for report in reports),
-    seconds,
-    "; ".join(dict.fromkeys(report.data for report in reports)),
-    tuple(dict.fromkeys(note for r in reports for note in r.notes)),
-    any(report.strict for report in reports),
-    any(report.serious for report in reports),
+    name=name,
+    findings=sort_by_clause(findings.values()),
+    clauses=clauses,
+    cases=sum(report.cases for report in reports),
+    seconds=seconds,
+    data="; ".join(dict.fromkeys(report.data for report in reports)),
+    notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
+    strict=any(report.strict for report in reports),
+    serious=any(report.serious for report in reports),
   )
 
 

@@ -40,7 +40,7 @@ from optax_masking.testing._problem import (
 )
 from optax_masking.testing._program import DERIVATIVE_OF, PARTS, program
 from optax_masking.testing._report import CLAUSES, Finding
-from optax_masking.testing._run import Run, error_line
+from optax_masking.testing._run import Run, error_line, listed
 from optax_masking.testing._transforms import (
   in_python,
   refusal,
@@ -100,7 +100,7 @@ def _raised(run: Run, error: BaseException) -> Event:
     ),
     "got": error_line(error),
   }
-  finding = Finding("accepts", "", dtype=run.dtype)
+  finding = Finding("accepts", "", dtype=run.problem.dtype)
   return Broken(finding, lambda: facts)
 
 
@@ -248,7 +248,8 @@ def _not_computed(
 ) -> Event:
   """A finding, or a note on a derivative that a gradient does not need."""
   how = "under jit" if compiled else "eagerly"
-  message = f"The {part} can't be computed {how}: {error}"
+  name = part if part in PARTS else f"Hessian ({part})"
+  message = f"The {name} can't be computed {how}: {error}"
   if part != "value":
     left = tuple(
       d for d in problem.options.derivatives if {*PARTS[d]} <= {*parts}
@@ -262,7 +263,7 @@ def _not_computed(
   facts = {
     "message": message,
     "mask": "as given",
-    "where": problem.where.tolist(),
+    "where": listed(problem.where),
     "got": error,
   }
   finding = Finding(
@@ -270,7 +271,7 @@ def _not_computed(
     "",
     derivative=DERIVATIVE_OF[part],
     transform="jit" if compiled else "eager",
-    dtype=problem.arguments[problem.floats[0]].value.dtype.name,
+    dtype=problem.dtype,
   )
   return Broken(finding, functools.partial(dict, facts))
 

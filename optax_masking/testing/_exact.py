@@ -13,6 +13,7 @@ from optax_masking.testing._labels import lost_examples
 from optax_masking.testing._masks import evenly_spaced
 from optax_masking.testing._poisons import Poisoning, poisonings
 from optax_masking.testing._program import Quantity
+from optax_masking.testing._rounding import differ
 from optax_masking.testing._run import (
   Results,
   Run,
@@ -123,7 +124,12 @@ def _empty(result: _Result, region: np.ndarray) -> Iterator[Event]:
   }
   names = [name for name, g in of_parameters.items() if g.any()]
   finite = all(np.isfinite(x).all() for x in (got, *of_parameters.values()))
-  if not names or not finite or run.masks[mask].any():
+  if (
+    not names
+    or not finite
+    or run.masks[mask].any()
+    or _is_of_zeros(run, run.clean[mask][0])
+  ):
     yield from result.zero("empty", region, "with nothing included")
     return
   yield Tried("empty")
@@ -133,6 +139,29 @@ def _empty(result: _Result, region: np.ndarray) -> Iterator[Event]:
       f" depends on `{names[0]}`, which all examples share, as a penalty of"
       " weights does."
     )
+
+
+def _is_of_zeros(run: Run, got: np.ndarray) -> bool:
+  """Whether a loss is that of data of zeros, all of which count.
+
+  So is the loss of a batch that is never empty. The gradient shows that the
+  loss of zeros is more than a term of the parameters.
+  """
+  zeros_of = [
+    np.zeros_like(x) if a.maskable else x
+    for a, x in zip(run.problem.arguments, run.problem.values, strict=True)
+  ]
+  values = run.problem.call.arrays_for(zeros_of, run.everything)
+  if values is None:
+    return False
+  results = run.evaluate_one(values, run.everything)
+  return not differ(run, got, results[0], run.quantities[0]).any() and any(
+    x.any()
+    for q, x in zip(run.quantities, results, strict=True)
+    if q.part == "vjp"
+    and q.wrt is not None
+    and run.problem.arguments[q.wrt].maskable
+  )
 
 
 def directions(run: Run) -> Iterator[Event]:

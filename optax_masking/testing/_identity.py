@@ -24,7 +24,9 @@ def identity(run: Run) -> Iterator[Event]:
       "got": str(run.result.dtype),
       "expected": str(dtype),
     }
-    finding = Finding("transforms", "", derivative="value", dtype=run.dtype)
+    finding = Finding(
+      "transforms", "", derivative="value", dtype=run.problem.dtype
+    )
     yield Broken(finding, lambda: facts)
   yield from _same_program(run)
   where = run.everything
@@ -68,7 +70,9 @@ def _same_program(run: Run) -> Iterator[Event]:
       "mask": "None",
       "got": "another program",
     }
-    finding = Finding("identity", "", derivative="value", dtype=run.dtype)
+    finding = Finding(
+      "identity", "", derivative="value", dtype=run.problem.dtype
+    )
     yield Broken(finding, lambda: facts)
 
 

@@ -1,4 +1,4 @@
-"""What integer arguments have to do with an axis of the mask."""
+"""Whether integer arguments are class indices along an axis of the mask."""
 
 from collections.abc import Callable, Iterator
 

@@ -42,7 +42,7 @@ def poisonings(run: Run, mask: str) -> Iterator[Poisoning]:
     if i in problem.call.sources:
       continue  # Its values are the mask.
     if i in run.inputs:
-      continue  # The loss masks its labels, and not what the model reads.
+      continue  # A model reads tokens that are masked, too.
     if problem.masked(run.masks[mask], i).any():
       for name, value in _poisons(a.value.dtype, classes).items():
         yield Poisoning(mask, i, name, value)

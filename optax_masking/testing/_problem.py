@@ -81,6 +81,11 @@ class Problem:
     return tuple(i for i, a in enumerate(self.arguments) if a.floating)
 
   @functools.cached_property
+  def dtype(self) -> str:
+    """The name of the dtype of the first floating argument."""
+    return self.arguments[self.floats[0]].value.dtype.name
+
+  @functools.cached_property
   def values(self) -> list[np.ndarray]:
     return [a.value for a in self.arguments]
 

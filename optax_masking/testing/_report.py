@@ -33,7 +33,7 @@ class Finding:
       fault.
     element: Index of the element of `argument`, None for several elements.
     mask: The mask that was tried, in words.
-    where: The same mask, as nested lists of booleans.
+    where: The same mask, as nested lists of booleans; None if it is large.
     poison: The content of the masked (for honesty: the included) element, such
       as `"nan"`. None if the data were clean.
     derivative: `"value"`, `"vjp"`, `"jvp"` or `"hessian"`.
@@ -43,7 +43,8 @@ class Finding:
     got: The number that came out, as text, or the error.
     expected: The number that was expected, as text.
     primitive: The operation of JAX in which the wrong number first arose.
-    source: The line that called it, as `"file.py:12 in function"`.
+    source: The line that called it, as `"file.py:12 in function"`, and the line
+      of a library by way of which it did.
     code: The text of that line.
     cases: How many of the tried cases fail in this way.
   """
@@ -202,7 +203,7 @@ class Report:
     return not self.findings
 
   def to_dict(self) -> dict[str, Any]:
-    """The attributes, of types that JSON has."""
+    """The attributes and `ok`, of types that JSON has."""
     return {
       "name": self.name,
       "ok": self.ok,
@@ -211,6 +212,8 @@ class Report:
       "data": self.data,
       "clauses": dict(self.clauses),
       "notes": list(self.notes),
+      "strict": self.strict,
+      "serious": self.serious,
       "findings": [finding.to_dict() for finding in self.findings],
     }
 

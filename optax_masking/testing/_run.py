@@ -53,11 +53,6 @@ class Run:
   )
 
   @functools.cached_property
-  def dtype(self) -> str:
-    first = self.problem.arguments[self.problem.floats[0]]
-    return first.value.dtype.name
-
-  @functools.cached_property
   def epsilon(self) -> float:
     """The largest rounding error of the floating arguments."""
     dtypes = (self.problem.values[f].dtype for f in self.problem.floats)
@@ -156,7 +151,7 @@ class Run:
       self._values_of[mask] = values
     return self._values_of[mask]
 
-  # The loss without a mask, and of other sizes.
+  # The value and the gradients alone, without a mask or of data of other sizes.
 
   def plain(self, rows: Sequence[tuple[Values, Any]]) -> ByArgument:
     """The value, at None, and the gradients of the loss without a mask.
@@ -170,7 +165,11 @@ class Run:
   def with_mask(
     self, rows: Sequence[tuple[Values, Any, np.ndarray]]
   ) -> ByArgument:
-    """The same with masks, of data that may be of another size."""
+    """The value, at None, and the gradients of the loss with masks.
+
+    Args:
+      rows: Data, the cotangents of the loss, and masks.
+    """
     self.tally["cases"] += len(rows)
     mask = self.problem.call.host_mask
     rows = [(x, weights, mask(where)) for x, weights, where in rows]
@@ -297,7 +296,7 @@ class Run:
       derivative=quantity.derivative,
       wrt=None if quantity.wrt is None else names[quantity.wrt],
       transform=transform or ("jit" if self.compiled else "eager"),
-      dtype=self.dtype,
+      dtype=self.problem.dtype,
     )
     return Broken(finding, describe)
 
@@ -312,7 +311,7 @@ class Run:
     where = self.masks[mask] if where is None else where
     return {
       "mask": mask,
-      "where": where.tolist() if where.size <= 256 else None,
+      "where": listed(where),
       "got": number(got),
       "expected": number(expected),
     }
@@ -326,6 +325,11 @@ class Run:
 
 def number(x: Any) -> str:
   return f"{float(x) + 0.0:.6g}"  # No minus before 0.
+
+
+def listed(where: np.ndarray) -> Any:
+  """A mask as nested lists; None if it is large."""
+  return where.tolist() if where.size <= 256 else None
 
 
 def at_index(index: Sequence[int]) -> str:

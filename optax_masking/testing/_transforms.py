@@ -15,7 +15,7 @@ from optax_masking.testing._problem import Problem
 from optax_masking.testing._program import cotangent, program, unoptimized
 from optax_masking.testing._report import Finding
 from optax_masking.testing._rounding import Pairs, agree, nearby_for
-from optax_masking.testing._run import Results, Run, error_line
+from optax_masking.testing._run import Results, Run, error_line, listed
 
 
 def repetitions(run: Run) -> Iterator[Event]:
@@ -58,7 +58,9 @@ def vmapped(run: Run) -> Iterator[Event]:
       "message": f"The loss does not run under vmap: {text}",
       "got": text,
     }
-    finding = Finding("transforms", "", transform="vmap", dtype=run.dtype)
+    finding = Finding(
+      "transforms", "", transform="vmap", dtype=run.problem.dtype
+    )
     yield Broken(finding, lambda: facts)
     return
   for lane, mask in enumerate(masks):
@@ -251,9 +253,8 @@ def refusal(
   facts = {
     "message": message,
     "mask": mask,
-    "where": where.tolist(),
+    "where": listed(where),
     "got": error_line(error),
   }
-  dtype = problem.arguments[problem.floats[0]].value.dtype.name
-  finding = Finding("accepts", "", transform="eager", dtype=dtype)
+  finding = Finding("accepts", "", transform="eager", dtype=problem.dtype)
   return Broken(finding, lambda: facts)
