@@ -27,6 +27,7 @@ from optax_masking.testing._options import (
   Options,
   narrowed,
 )
+from optax_masking.testing._problem import described
 from optax_masking.testing._report import Report
 
 
@@ -137,14 +138,8 @@ def check_mask_safe(
         cases += count
     with _float64_for(next((f.dtype for f in log.found.values()), None)):
       log.add(explanations(call, log))
-  data = [
-    f"{a.name} {a.value.dtype}{list(a.value.shape)}"
-    + ("" if a.maskable else " (not masked)")
-    for a in problem.arguments
-  ]
-  data.append(f"{call.mask_name} bool{list(call.where.shape)}")
   return log.report(
-    call.name, cases, time.perf_counter() - start, ", ".join(data)
+    call.name, cases, time.perf_counter() - start, described(problem)
   )
 
 

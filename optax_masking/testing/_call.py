@@ -8,6 +8,7 @@ given one, while its other arrays are replaced.
 import contextlib
 import copy
 import dataclasses
+import difflib
 import functools
 import inspect
 import re
@@ -68,6 +69,8 @@ class Call:
     where: Any,
     options: Options,
   ):
+    if not callable(loss_fn):
+      raise TypeError(f"`loss_fn` must be a function, but is {loss_fn!r}.")
     self.loss_fn = loss_fn
     self.options = options
     self.name = name_of(loss_fn)
@@ -114,7 +117,6 @@ class Call:
       where, self.mask_name, options.numeric_where
     )
     self.where = ~given if options.inverted_where else given
-    self._mask_is_jax = isinstance(where, jax.Array)
 
   def _name(self, path: str) -> str:
     """Names a leaf of (args, kwargs) as its caller does."""
@@ -148,35 +150,22 @@ class Call:
     return other
 
   @property
+  def mask_dtype(self) -> str:
+    """The dtype of the mask that was given."""
+    return self._mask_dtype.name
+
+  @property
   def mask_is_derived(self) -> bool:
     """Whether the loss makes its mask of other arguments."""
     return self._derive is not None
 
-  def mask_for_loss(self, where: Any, eager: bool = False) -> Any:
-    """A boolean mask in the dtype, and eagerly of the kind, that was given."""
-    if eager:
-      where = self.host_mask(where)
-      return jnp.asarray(where) if self._mask_is_jax else where
-    return jnp.asarray(where).astype(
-      jax.dtypes.canonicalize_dtype(self._mask_dtype)
-    )
+  def __call__(self, arrays: Sequence[Any], where: Any) -> Any:
+    """Calls the loss on other arrays, and with a mask as `host_mask` makes it.
 
-  def __call__(
-    self, arrays: Sequence[Any], where: Any, *, eager: bool = False
-  ) -> Any:
-    """Calls the loss on other arrays and another mask.
-
-    A mask that is derived comes of the arrays. With `eager` they are passed as
-    arrays of NumPy where such were given.
+    A mask that is derived comes of the arrays.
     """
-    if eager:
-      arrays = [
-        jnp.asarray(x) if isinstance(given, jax.Array) else np.asarray(x)
-        for x, given in zip(arrays, self.arrays, strict=True)
-      ]
-    args, kwargs = self._arguments(
-      arrays, self.mask_for_loss(where, eager=eager)
-    )
+    arrays = list(map(jnp.asarray, arrays))
+    args, kwargs = self._arguments(arrays, jnp.asarray(where))
     return self._output(self.loss_fn(*args, **kwargs))
 
   def without_mask(self, omit: bool) -> Callable[[Sequence[Any]], Any] | None:
@@ -255,6 +244,8 @@ class Call:
     by_name = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
     assert self._derive is not None
     own = inspect.signature(self._derive).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in own):
+      return self._derive(**by_name)
     wanted = [p.name for p in own if p.name in by_name or p.default is p.empty]
     unknown = [name for name in wanted if name not in by_name]
     if unknown:
@@ -454,9 +445,11 @@ def _find_leaf(
   """The position of the leaf that is the mask."""
   arrays = [n for n, x in zip(names, leaves, strict=True) if is_array(x)]
   if name not in arrays:
+    close = difflib.get_close_matches(name, arrays, 1)
     raise ValueError(
       f"`where` is {name!r}, but the arrays that {loss} was given are"
       f" {', '.join(arrays)}."
+      + (f" Did you mean {close[0]!r}?" if close else "")
     )
   return names.index(name)
 

@@ -3,7 +3,7 @@
 import functools
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from optax_masking.testing._notes import (
   unmasked_axes,
   unpoisoned_inputs,
 )
+from optax_masking.testing._options import DERIVATIVES, TRANSFORMS
 from optax_masking.testing._problem import (
   Problem,
   make_problem,
@@ -119,7 +120,7 @@ def _checks_of(run: Run) -> Iterator[Callable[[Run], Iterator[Event]]]:
 def _start(problem: Problem, log: Log) -> Run | None:
   """Calls the loss with its mask, and finds out what can be computed of it."""
   try:
-    value = problem.call(problem.values, problem.where, eager=True)
+    value = problem.call(problem.values, problem.call.host_mask(problem.where))
   except UnusableResult:
     raise
   except Exception as error:
@@ -164,7 +165,7 @@ def _usable(problem: Problem) -> Problem:
   try:
     values = problem.values_for(everything)
     if values is not None:
-      value = problem.call(values, everything, eager=True)
+      value = problem.call(values, problem.call.host_mask(everything))
       if not np.isfinite(np.asarray(value)).all():
         return replace_masked(problem)
   except Exception:  # The checks report what the loss refuses.
@@ -285,12 +286,24 @@ def explanations(call: Call, log: Log) -> Iterator[Note]:
     if reading is None:
       continue
     other, expected, text = reading
+    # The same that was found, and no more.
+    other = other.with_options(
+      derivatives=_kinds(DERIVATIVES, (f.derivative for f in found)),
+      transforms=_kinds(TRANSFORMS, (f.transform for f in found)) or ("jit",),
+    )
     alone = Log(other.options)
     check(other, found[0].dtype, alone)
     left = {finding.clause for finding in alone.found.values()}
     if "accepts" in alone.tried and left <= expected:
       yield Note(text)
       return
+
+
+def _kinds(
+  known: Sequence[str], found: Iterable[str | None]
+) -> tuple[str, ...]:
+  wanted = set(found)
+  return tuple(kind for kind in known if kind in wanted)
 
 
 Reading = tuple[Call, set[str], str]
@@ -320,5 +333,4 @@ def _inverted(call: Call, found: Sequence[Finding]) -> Reading | None:
     f"Less is found with the inverse of `{call.mask_name}`. If the loss takes"
     " True for what is masked, say so: inverted_where=True."
   )
-  other = call.inverted().with_options(transforms=("jit",))
-  return other, clauses - {"compaction", "empty"}, text
+  return call.inverted(), clauses - {"compaction", "empty"}, text

@@ -91,7 +91,7 @@ def _resizings(run: Run, mask: str) -> Iterator[Resized]:
       resized = flattened(run, where)
       if resized is not None:
         yield resized
-    for axis in range(where.ndim):
+    for axis in sorted({0, where.ndim - 1} if where.ndim else ()):
       longer = extended(run, mask, axis, count=2)
       if longer is not None:
         yield longer
@@ -233,12 +233,12 @@ def _message(
   text = "With the mask, {what} is {got}; with " + resized.how
   text += " it is {expected}."
   # Of the data of the other size, the same elements are included.
-  ratio = where.size / resized.where.size
-  included = int(where.sum())
-  if included < where.size and got and abs(expected / got / ratio - 1) < 1e-3:
+  size, included = where.size, int(where.sum())
+  ratio = size / resized.where.size
+  if included < size and got and abs(expected / got / ratio - 1) < 1e-3:
     text += (
-      f" The loss is divided by the number of all elements, {where.size}, and"
-      f" not of the included ones, {included}."
+      " It is as if the loss were divided by the number of all elements,"
+      f" {size}, and not of the included ones, {included}."
     )
   return text
 
@@ -275,7 +275,7 @@ def _equal_elements(run: Run) -> Iterator[Event]:
     "message": (
       "With the same data in all elements, the loss of two, of three and of"
       f" four included ones is {number(more[0])}, and that of one is"
-      f" {number(one)}."
+      f" {number(one)}, as if it were divided by two or more."
     ),
     **run.facts("the first element alone", one, more[0], rows[0][2]),
   }

@@ -123,9 +123,17 @@ def _empty(result: _Result, region: np.ndarray) -> Iterator[Event]:
     and not run.problem.arguments[q.wrt].maskable
   }
   names = [name for name, g in of_parameters.items() if g.any()]
+  of_data = any(
+    g.any()
+    for q, g in zip(run.quantities, run.clean[mask], strict=True)
+    if q.part == "vjp"
+    and q.wrt is not None
+    and run.problem.arguments[q.wrt].maskable
+  )
   finite = all(np.isfinite(x).all() for x in (got, *of_parameters.values()))
   if (
     not names
+    or of_data
     or not finite
     or run.masks[mask].any()
     or _is_of_zeros(run, run.clean[mask][0])
@@ -171,6 +179,8 @@ def directions(run: Run) -> Iterator[Event]:
   problem, lanes = run.problem, []
   for mask, where in run.masks.items():
     for argument in problem.floats:
+      if argument in problem.call.sources:
+        continue  # A mask in numbers has a gradient of its own.
       masked = problem.masked(where, argument)
       if masked.any():
         tangents = [
@@ -296,8 +306,8 @@ class _Difference:
         f" it is {number(self.before)}."
       )
     if transform:
-      how = "without jit" if transform == "eager" else f"under {transform}"
-      message = f"{message[:-1]}, {how}."
+      how = "Without jit" if transform == "eager" else f"Under {transform}"
+      message = f"{how}: {message}"
     return {
       "message": message,
       "element": element,

@@ -6,7 +6,7 @@ import numpy as np
 
 from optax_masking.testing._events import Event, Note
 from optax_masking.testing._masks import make_masks
-from optax_masking.testing._problem import has_shared_name
+from optax_masking.testing._problem import SHARED_NAMES
 from optax_masking.testing._run import Run, first_index, number
 
 
@@ -44,21 +44,26 @@ def unmasked_axes(run: Run) -> Iterator[Event]:
 
 def unmasked_arrays(run: Run) -> Iterator[Event]:
   """Notes arrays that no part of a mask masks, if nothing says so."""
+  problem = run.problem
+  masked = {a.root for a in problem.arguments if a.maskable}
   names = [
-    a.name
-    for a in run.problem.arguments
+    a.name if a.root in masked else a.root
+    for a in problem.arguments
     if not a.maskable
     and a.value.size > 1
-    and not has_shared_name(a.name)
-    and not run.problem.options.axes_of(a.name)[0]
+    and a.root not in SHARED_NAMES
+    and not problem.options.axes_of(a.name)[0]
   ]
+  names = list(dict.fromkeys(names))
   if names:
     listed = ", ".join(f"`{name}`" for name in names[:3])
     if len(names) > 3:
       listed += f" and {len(names) - 3} others"
     yield Note(
       f"The mask masks nothing of {listed}, which all examples seem to share."
-      f" If that is right, say so: axes={{{names[0]!r}: None}}."
+      " If that is right, say so: axes={"
+      + ", ".join(f"{name!r}: None" for name in names[:3])
+      + "}."
     )
 
 

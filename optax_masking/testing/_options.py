@@ -1,6 +1,7 @@
 """The options of a check."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,13 +54,27 @@ class Options:
         f" dtypes=({self.dtypes!r},)."
       )
     for dtype in self.dtypes or ():
+      try:
+        jnp.dtype(dtype)
+      except TypeError as error:
+        raise TypeError(f"`dtypes` has {dtype!r}: {error}.") from None
       if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise ValueError(
           f"`dtypes` has {jnp.dtype(dtype).name}; it may have floating dtypes."
           " They are those of the floating arguments; the others stay as given."
         )
+    if not isinstance(self.samples, int):
+      raise TypeError(f"`samples` must be an integer, but is {self.samples!r}.")
     if self.samples < 1:
       raise ValueError(f"`samples` must be 1 or more, but is {self.samples}.")
+    if not isinstance(self.axes, Mapping | None):
+      raise TypeError(
+        f"`axes` must be a dict from names of arrays, but is {self.axes!r}."
+      )
+    if not callable(self.reference) and self.reference is not None:
+      raise TypeError(
+        f"`reference` must be a function, but is {self.reference!r}."
+      )
 
   def axes_of(self, name: str) -> tuple[bool, Axes | None]:
     """Whether `axes` has an argument or what contains it, and its axes."""
@@ -100,6 +115,8 @@ def _check_names(field: str, given: Any, known: Sequence[str]) -> None:
     )
   for each in given:
     if each not in known:
+      close = difflib.get_close_matches(str(each), known, 1)
       raise ValueError(
         f"`{field}` has {each!r}; it may have {', '.join(known)}."
+        + (f" Did you mean {close[0]!r}?" if close else "")
       )

@@ -18,7 +18,7 @@ MOST = 2**20
 LARGE = 2**17
 
 # Arguments that all examples share, whatever their shapes are.
-_SHARED_NAMES = (
+SHARED_NAMES = (
   "model",
   "net",
   "network",
@@ -44,6 +44,11 @@ class Argument:
   value: np.ndarray
   axes: Axes
   maskable: bool
+
+  @property
+  def root(self) -> str:
+    """The argument of the loss that it is an entry of."""
+    return re.split(r"[.[]", self.name)[0]
 
   @property
   def floating(self) -> bool:
@@ -174,6 +179,26 @@ def make_problem(call: Call, dtype: Any) -> Problem:
   return _finite(Problem(call, tuple(arguments)))
 
 
+def described(problem: Problem) -> str:
+  """The dtypes and shapes of the data, of many parameters their number."""
+  groups: dict[str, list[Argument]] = {}
+  for a in problem.arguments:
+    groups.setdefault(a.name if a.maskable else a.root, []).append(a)
+  texts = []
+  for name, group in groups.items():
+    if len(group) > 3:
+      texts.append(f"{name}, {len(group)} arrays (not masked)")
+    else:
+      texts += [
+        f"{a.name} {a.value.dtype}{list(a.value.shape)}"
+        + ("" if a.maskable else " (not masked)")
+        for a in group
+      ]
+  call = problem.call
+  texts.append(f"{call.mask_name} {call.mask_dtype}{list(call.where.shape)}")
+  return ", ".join(texts)
+
+
 def align(shape: Sequence[int], mask: Sequence[int]) -> tuple[Axes, bool]:
   """Finds the axis of the mask that each axis of an array is.
 
@@ -232,16 +257,11 @@ def align(shape: Sequence[int], mask: Sequence[int]) -> tuple[Axes, bool]:
   return none, False
 
 
-def has_shared_name(name: str) -> bool:
-  """Whether an argument has a name of what all examples share."""
-  return re.split(r"[.[]", name)[0] in _SHARED_NAMES
-
-
 def _axes_of(
   name: str, shape: tuple[int, ...], call: Call
 ) -> tuple[Axes, bool]:
   named, axes = call.options.axes_of(name)
-  if not named and not has_shared_name(name):
+  if not named and re.split(r"[.[]", name)[0] not in SHARED_NAMES:
     return align(shape, call.where.shape)
   if axes is None:
     return (None,) * len(shape), False

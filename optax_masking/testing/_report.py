@@ -102,6 +102,8 @@ class Finding:
     text = f"the {self.derivative or 'result'}"
     if self.wrt is not None:
       text += f" with respect to `{self.wrt}`"
+    elif self.derivative not in (None, "value"):
+      text = f"the value that comes with the {self.derivative}"
     tried = ", ".join(filter(None, (self.transform, self.dtype)))
     return f"{text} is {self.got} ({tried}, {_count_cases(self.cases)})"
 
@@ -129,12 +131,13 @@ def _how_to_fix(
       " or a product at the end alone leaves the gradient NaN.",
     ).strip()
     if arguments:
-      name = arguments[0]
+      listed = ", ".join(f"`{name}`" for name in arguments)
+      entries = ", ".join(f"{name!r}: None" for name in arguments)
       yield _wrapped(
         "",
-        f"If the mask is not about `{name}`, as it is not about the parameters"
-        " or the inputs of a model that reads them all, say so:"
-        f" axes={{{name!r}: None}}.",
+        f"If the mask is not about {listed}, as it is not about the parameters"
+        " or the inputs of a model that reads them all, say so, of each:"
+        f" axes={{{entries}}}.",
       ).strip()
   names = [clause for clause in broken if clause != "accepts"]
   if names:
@@ -231,21 +234,23 @@ class Report:
         also = "; ".join(other.summary() for other in others)
         lines.append(_wrapped("and", also))
       parts.append("\n".join(lines))
-    if self.untried:
+    if self.untried and self.clauses.get("accepts") != "broken":
       lines = [_wrapped(f"{c}:", why, 18) for c, why in self.untried.items()]
       parts.append("\n".join(["Could not be tried:", *lines]))
     parts += [_wrapped("", f"Note: {note}").strip() for note in self.notes]
     broken = list(dict.fromkeys(f.clause for f in self.findings))
     leaks = ("invariance", "zero_gradient")
-    arguments = [
-      f.argument
-      for f in self.findings
-      if f.clause in leaks and f.poison and f.argument
-    ]
+    arguments = list(
+      dict.fromkeys(
+        f.argument
+        for f in self.findings
+        if f.clause in leaks and f.poison and f.argument
+      )
+    )
     return "\n\n".join([*parts, *_how_to_fix(broken, arguments)])
 
   def _headline(self) -> str:
-    tried = f"{self.cases:,} cases in {self.seconds:.1f} s"
+    tried = f"{_count_cases(self.cases)} in {self.seconds:.1f} s"
     broken = list(dict.fromkeys(f.clause for f in self.findings))
     if broken:
       head = (

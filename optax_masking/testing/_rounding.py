@@ -29,11 +29,11 @@ def differ(run: Run, got: Any, expected: Any, quantity: Quantity) -> np.ndarray:
 
 
 def _size(run: Run, quantity: Quantity) -> float:
-  """The size of the numbers that a quantity is made of.
+  """The size of the numbers that a quantity is made of, which may cancel.
 
-  They may cancel, and so it is the largest under any of the masks. A loss is
-  made of terms as large as its gradient times the data, and its gradient of
-  terms as large as the loss over the data.
+  A loss is made of terms as large as its gradient times the data, and its
+  gradient of terms as large as the loss over the data. What else cancels shows
+  in the noise.
   """
   if quantity not in run.sizes:
     run.sizes[quantity] = _find_size(run, quantity)
@@ -42,12 +42,11 @@ def _size(run: Run, quantity: Quantity) -> float:
 
 def _find_size(run: Run, quantity: Quantity) -> float:
   def largest(position):
-    arrays = [run.usual[position]]
-    arrays += [clean[position] for clean in run.clean.values()]
-    finite = (np.asarray(x, "float64") for x in arrays)
-    return max(float(np.abs(x[np.isfinite(x)]).max(initial=0)) for x in finite)
+    x = np.asarray(run.usual[position], "float64")
+    return float(np.abs(x[np.isfinite(x)]).max(initial=0))
 
-  own = largest(run.quantities.index(quantity))
+  position = run.quantities.index(quantity)
+  own = max(largest(position), run.noise[position] / run.epsilon)
   if quantity.derivative not in ("value", "vjp"):
     return own
   loss = largest(0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from optax_masking.testing import _trace
 from optax_masking.testing._events import Broken
-from optax_masking.testing._masks import make_masks
+from optax_masking.testing._masks import few_of_each_kind, make_masks
 from optax_masking.testing._options import Axes
 from optax_masking.testing._problem import LARGE, Problem
 from optax_masking.testing._program import (
@@ -104,7 +104,8 @@ class Run:
     def lane(values, tangents, where):
       return run(values, tangents, where=where)
 
-    return Lanes(lane, self.compiled, self.problem.size)
+    large = self.problem.size > LARGE // 8  # Which takes longer to run.
+    return Lanes(lane, self.compiled, self.problem.size, optimized=large)
 
   def evaluate(
     self, rows: Sequence[tuple[Values, Values, np.ndarray]]
@@ -138,6 +139,33 @@ class Run:
     if self.all_included is None:
       return next(iter(self.clean.values()))
     return self.evaluate_one(self.all_included, self.everything)
+
+  @functools.cached_property
+  def noise(self) -> list[float]:
+    """How much the last bits of the data change the numbers of each quantity.
+
+    Half of the numbers change by more: those at a kink change by far more. What
+    is 0 but for rounding has noise of a size that its numbers do not show.
+    """
+    rng = np.random.default_rng(2)
+    rows, clean = [], []
+    for mask in few_of_each_kind(self.masks, 1):
+      for _ in range(2):
+        values = list(self.values_of(mask))
+        for i in self.problem.floats:
+          if i not in self.problem.call.sources:
+            bits = 2 * float(jnp.finfo(values[i].dtype).eps)
+            factor = 1 + bits * rng.choice((-1, 1), values[i].shape)
+            values[i] = (values[i] * factor).astype(values[i].dtype)
+        rows.append((values, self.tangents, self.masks[mask]))
+        clean.append(self.clean[mask])
+    changes = []
+    for results, *before in zip(self.evaluate(rows), *clean, strict=True):
+      change = np.abs(results.astype("float64") - np.stack(before))
+      change = change.reshape(len(rows), -1).max(0, initial=0)
+      finite = change[np.isfinite(change)]
+      changes.append(float(np.median(finite)) if finite.size else 0.0)
+    return changes
 
   @functools.cached_property
   def _values_of(self) -> dict[str, list[np.ndarray]]:

@@ -164,6 +164,7 @@ class _Python:
   def __init__(self, run: Run, mask: str):
     self.run, self.mask = run, mask
     self.where = run.masks[mask]
+    self.given = run.problem.call.host_mask(self.where)
     parts = [p for p in ("value", "vjp") if p in run.parts]
     self.positions = [
       i for i, q in enumerate(run.quantities) if q.part in parts
@@ -174,7 +175,7 @@ class _Python:
 
   def value_of(self, values: Any) -> list[np.ndarray]:
     self.run.tally["cases"] += 1
-    return [np.asarray(self.run.problem.call(values, self.where, eager=True))]
+    return [np.asarray(self.run.problem.call(values, self.given))]
 
   def results_of(self, values: Any) -> list[np.ndarray]:
     self.run.tally["cases"] += 1
@@ -182,7 +183,7 @@ class _Python:
       self._derivatives(
         values,
         self.run.tangents,
-        where=self.run.problem.call.host_mask(self.where),
+        where=self.given,
       )
     )
 
