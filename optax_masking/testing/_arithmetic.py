@@ -68,7 +68,7 @@ def _broken(
   quantity = next(
     (
       q
-      for q, output in zip(run.quantities, outputs, strict=True)
+      for q, output in zip(run.quantities, outputs, strict=False)
       if first in _trace.origins(steps, [output])[0]
     ),
     run.quantities[0],

@@ -71,6 +71,7 @@ def _of_other_sizes(run: Run) -> Iterator[Event]:
   call = run.problem.call
   # Each shape is a program to compile: one of each kind is enough.
   shapes: dict[Any, tuple[int, ...]] = {}
+  refused: set[Any] = set()
   for mask in run.masks:
     for resized in _resizings(run, mask):
       if call.sources and not call.derives(
@@ -78,15 +79,29 @@ def _of_other_sizes(run: Run) -> Iterator[Event]:
       ):
         continue
       shape, full = resized.where.shape, run.problem.where.shape
-      kind = resized.how, tuple(map(operator.eq, shape, full))
+      kind: tuple[Any, ...] = (
+        resized.how,
+        *map(operator.eq, shape, full),
+      )
+      if resized.is_one:
+        # One alone broadcasts with arrays that the loss has of its own, for
+        # which it would not take others.
+        if kind not in shapes or kind in refused:
+          continue
+        kind = (*kind, "one")
       if shapes.setdefault(kind, shape) == shape:
-        yield from _same_loss(run, mask, resized)
+        events = list(_same_loss(run, mask, resized))
+        if any(isinstance(event, Untried) for event in events):
+          refused.add(kind)
+        yield from events
 
 
 def _resizings(run: Run, mask: str) -> Iterator[Resized]:
   where = run.masks[mask]
   yield from without_masked(run, mask)
-  if mask == "as given" or mask.startswith("sequences of growing"):
+  if mask == "as given" or mask.startswith(
+    ("sequences of growing", "the elem")
+  ):
     if where.any() and not where.all() and _rows_do_not_matter(run, mask):
       resized = flattened(run, where)
       if resized is not None:

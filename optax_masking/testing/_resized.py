@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from optax_masking.testing._labels import role
+from optax_masking.testing._masks import padded
 from optax_masking.testing._options import Axes
 from optax_masking.testing._problem import Argument
 from optax_masking.testing._rounding import differ
@@ -28,6 +29,7 @@ class Resized:
       compared.
     how: A description, to be put after "with".
     back: Takes the entries of the other result that the full one has.
+    is_one: Whether one index or element is left.
     of_weights: Makes the cotangents of the other result of those of the full
       one, by default as `of_result`.
   """
@@ -39,6 +41,7 @@ class Resized:
   how: str
   back: Take = lambda x: x
   of_weights: Take | None = None
+  is_one: bool = False
 
 
 def _same(x: np.ndarray) -> np.ndarray:
@@ -89,11 +92,24 @@ def without_masked(run: Run, mask: str) -> Iterator[Resized]:
     others = tuple(k for k in range(where.ndim) if k != axis)
     kept = where.any(others)
     if (where == np.expand_dims(kept, others)).all():
-      # One alone would broadcast with arrays that the loss has of its own.
-      if kept.sum() > 1:
+      if _may_be_removed(run, mask, axis):
         yield from _without(run, axis, np.flatnonzero(kept))
       return
-  yield from _slices(run, where)
+  if _may_be_removed(run, mask, where.ndim - 1):
+    yield from _slices(run, where)
+
+
+def _may_be_removed(run: Run, mask: str, axis: int) -> bool:
+  """Whether a loss has to be the same without what is masked along an axis.
+
+  If it matters where an element is, as with atoms of a residue or the steps of
+  a recursion, only padding can be left out, of a mask that is meant.
+  """
+  if run.all_included is None or role(run, axis) is not None:
+    return True
+  where = run.masks[mask]
+  meant = mask == "as given" or mask in padded(run.problem.where)
+  return meant and bool((np.diff(where.astype(int), axis=axis) <= 0).all())
 
 
 def _without(run: Run, axis: int, kept: np.ndarray) -> Iterator[Resized]:
@@ -123,6 +139,7 @@ def _without(run: Run, axis: int, kept: np.ndarray) -> Iterator[Resized]:
     _take(run.result_axes, run.result.shape, axis, kept),
     tuple(takes),
     "the masked elements removed from the data",
+    is_one=len(kept) == 1,
   )
 
 
@@ -299,6 +316,7 @@ def flattened(run: Run, where: np.ndarray) -> Resized | None:
     _same if whole else of_elements,
     tuple(takes),
     "the included elements in one row",
+    is_one=int(where.sum()) == 1,
   )
 
 

@@ -213,12 +213,14 @@ class Run:
   @functools.cached_property
   def _plain(self) -> Lanes:
     assert self.unmasked is not None
-    run = program(self.unmasked, self._plain_parts, self.problem.floats)
+    run = program(self.unmasked, self.parts_of_gradient, self.problem.floats)
     return self._few_lanes(lambda values, weights: run(values, (), weights))
 
   @functools.cached_property
   def _with_mask(self) -> Lanes:
-    run = program(self.problem.call, self._plain_parts, self.problem.floats)
+    run = program(
+      self.problem.call, self.parts_of_gradient, self.problem.floats
+    )
     return self._few_lanes(
       lambda values, weights, where: run(values, (), weights, where=where)
     )
@@ -229,7 +231,8 @@ class Run:
     )
 
   @property
-  def _plain_parts(self) -> list[str]:
+  def parts_of_gradient(self) -> list[str]:
+    """The parts for the value and the gradient."""
     return [part for part in ("value", "vjp") if part in self.parts]
 
   # What other modules remember of a run.
@@ -271,14 +274,17 @@ class Run:
   @functools.cached_property
   def jaxpr(self) -> Any:
     """The program as JAX traces it; None if it can't be traced."""
-    run = program(self.problem.call, self.parts, self.problem.floats)
-    values = self.problem.values_for(self.problem.where)
     try:
-      return jax.make_jaxpr(
-        lambda values, tangents, where: run(values, tangents, where=where)
-      )(values, self.tangents, self.problem.call.host_mask(self.problem.where))
+      return self._traced(self.parts)
     except Exception:  # Whatever the loss raises.
       return None
+
+  def _traced(self, parts: Sequence[str]) -> Any:
+    run = program(self.problem.call, parts, self.problem.floats)
+    values = self.problem.values_for(self.problem.where)
+    return jax.make_jaxpr(
+      lambda values, tangents, where: run(values, tangents, where=where)
+    )(values, self.tangents, self.problem.call.host_mask(self.problem.where))
 
   def steps(
     self, values: Values, where: np.ndarray
@@ -290,12 +296,23 @@ class Run:
       raise ValueError("the loss can't be traced")
     self.tally["cases"] += 1
     mask = self.problem.call.host_mask(where)
-    arrays = map(jnp.asarray, [*values, *self.tangents, mask])
-    return self._recorder(list(arrays))
+    arrays = list(map(jnp.asarray, [*values, *self.tangents, mask]))
+    try:
+      return self._recorders[-1](arrays)
+    except Exception:
+      if len(self._recorders) > 1:
+        raise
+      # A derivative by hand may have no derivative: the first ones alone.
+      jaxpr = self._traced(self.parts_of_gradient)
+      self._recorders.append(self._recorder(jaxpr))
+      return self._recorders[-1](arrays)
 
   @functools.cached_property
-  def _recorder(self) -> _trace.Recorder:
-    return _trace.Recorder(self.jaxpr, self.compiled, unoptimized())
+  def _recorders(self) -> list[_trace.Recorder]:
+    return [self._recorder(self.jaxpr)]
+
+  def _recorder(self, jaxpr: Any) -> _trace.Recorder:
+    return _trace.Recorder(jaxpr, self.compiled, unoptimized())
 
   # Words.
 

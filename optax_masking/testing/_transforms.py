@@ -1,6 +1,7 @@
 """Clause 8: the same results eagerly, under `jit` and under `vmap`."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,14 @@ from optax_masking.testing._problem import Problem
 from optax_masking.testing._program import cotangent, program, unoptimized
 from optax_masking.testing._report import Finding
 from optax_masking.testing._rounding import Pairs, agree, nearby_for
-from optax_masking.testing._run import Results, Run, error_line, listed
+from optax_masking.testing._run import (
+  Results,
+  Run,
+  error_line,
+  first_index,
+  listed,
+  number,
+)
 
 
 def repetitions(run: Run) -> Iterator[Event]:
@@ -151,6 +159,7 @@ def in_python(run: Run) -> Iterator[Event]:
       continue
     try:
       python = _Python(run, mask)
+      yield from python.zero_gradients()
       yield from python.agrees_with_jit()
       for poisoning in poisonings(run, mask):
         yield from _also_of_transforms(python.poisoned(poisoning), "eager")
@@ -165,7 +174,7 @@ class _Python:
     self.run, self.mask = run, mask
     self.where = run.masks[mask]
     self.given = run.problem.call.host_mask(self.where)
-    parts = [p for p in ("value", "vjp") if p in run.parts]
+    parts = run.parts_of_gradient
     self.positions = [
       i for i, q in enumerate(run.quantities) if q.part in parts
     ]
@@ -209,6 +218,31 @@ class _Python:
       "Without jit, {what} is {got}; under jit it is {expected}.",
       transform="eager",
     )
+
+  def zero_gradients(self) -> Iterator[Event]:
+    run = self.run
+    for i, got in zip(self.positions, self.results, strict=True):
+      quantity = run.quantities[i]
+      if quantity.wrt is None or quantity.wrt in run.problem.call.sources:
+        continue
+      wrong = run.problem.masked(self.where, quantity.wrt) & ~(got == 0)
+      if wrong.any():
+        index = first_index(wrong)
+        facts = {
+          "message": (
+            f"Without jit, on clean data, {run.describe(quantity, index)},"
+            f" which is masked, is {number(got[index])}, not 0."
+          ),
+          "element": index,
+          **run.facts(self.mask, got[index], 0),
+        }
+        yield run.broken(
+          "zero_gradient",
+          quantity,
+          functools.partial(dict, facts),
+          quantity.wrt,
+          "eager",
+        )
 
   def poisoned(self, poisoning: Poisoning) -> Iterator[Event]:
     run, values = self.run, poisoning.data(self.run)
