@@ -344,6 +344,18 @@ def next_token_of_each_sequence(logits, tokens, where):
   return mean_of(loss, m, -1)
 
 
+@correct(
+  (LOGITS, np.where(mask("0111", "0011", "0110"), LABELS, -100)),
+  lambda labels: np.pad(labels[:, 1:] != -100, ((0, 0), (0, 1))),
+  untried=("compaction",),
+)
+def next_token_after_a_prompt(logits, labels):
+  """The mask is that of the labels, shifted by one."""
+  labels = labels[:, 1:]
+  m = labels != -100
+  return mean_of(cross_entropies(logits[:, :-1], labels, m), m)
+
+
 # Correct: random numbers. They depend on the shape of the data.
 
 

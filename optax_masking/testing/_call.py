@@ -297,10 +297,30 @@ class Call:
         labels[i] = x
       if (x := _with_lengths(arrays[i], where)) is not None:
         lengths[i] = x
-    for changes in ({}, labels, lengths, {**lengths, **labels}):
+    chosen = {} if self._switches is None else self._switches.set_to(where)
+    for changes in ({}, labels, lengths, {**lengths, **labels}, chosen):
       replaced = [changes.get(i, x) for i, x in enumerate(arrays)]
       if self.derives(replaced, where):
         return replaced
+    return None
+
+  @functools.cached_property
+  def everything(self) -> np.ndarray:
+    """The mask that includes the most.
+
+    A mask of shifted labels never has the last elements.
+    """
+    where = np.ones(self.where.shape, bool)
+    if self._switches is None or self.arrays_for(self.arrays, where):
+      return where
+    return self._switches.most
+
+  @functools.cached_property
+  def _switches(self) -> "_Switches | None":
+    for source in self.sources:
+      found = _find_switches(self, source)
+      if found is not None:
+        return found
     return None
 
   def derives(self, arrays: Sequence[np.ndarray], where: np.ndarray) -> bool:
@@ -324,6 +344,66 @@ class Call:
     if masked.size:
       x = np.where(~where & self.where, masked[0], x)
     return x.astype(given.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Switches:
+  """Elements of an array each of which decides about one of a derived mask.
+
+  Attributes:
+    source: The position of the array.
+    on: The array with which the most is included.
+    off: The element that masks.
+    most: The mask that the array `on` makes.
+    switch_of: For each included element of `most`, the index of its switch in
+      the flat array.
+  """
+
+  source: int
+  on: np.ndarray
+  off: Any
+  most: np.ndarray
+  switch_of: np.ndarray
+
+  def set_to(self, where: np.ndarray) -> dict[int, np.ndarray]:
+    """The array for a mask of the same shape."""
+    if where.shape != self.most.shape:
+      return {}
+    x = self.on.copy()
+    x.flat[self.switch_of[self.most & ~where]] = self.off
+    return {self.source: x}
+
+
+# The largest array in which switches are looked for, one by one.
+_MOST_SWITCHES = 512
+
+
+def _find_switches(call: Call, source: int) -> _Switches | None:
+  given = np.asarray(call.arrays[source])
+  if given.size > _MOST_SWITCHES:
+    return None
+
+  def mask_of(x):
+    arrays = list(call.arrays)
+    arrays[source] = x
+    return np.asarray(call.derived(arrays))
+
+  for off in [*np.unique(given[given == given]).tolist()[:16], np.nan]:
+    is_off = (given == off) if off == off else (given != given)
+    if is_off.all() or not is_off.any():
+      continue
+    on = np.where(is_off, np.resize(given[~is_off], given.shape), given)
+    most = mask_of(on)
+    if not most.any() or mask_of(np.full_like(given, off)).any():
+      continue
+    switch_of = np.full(most.shape, -1)
+    for i in range(given.size):
+      x = on.copy()
+      x.flat[i] = off
+      switch_of[most & ~mask_of(x)] = i
+    if (switch_of[most] >= 0).all():
+      return _Switches(source, on, off, most, switch_of)
+  return None
 
 
 def _with_lengths(x: np.ndarray, where: np.ndarray) -> np.ndarray | None:

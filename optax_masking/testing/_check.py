@@ -161,7 +161,7 @@ def _check_result(problem: Problem, result: Any) -> jax.ShapeDtypeStruct:
 
 def _usable(problem: Problem) -> Problem:
   """Data with which the loss is finite with everything included."""
-  everything = np.ones(problem.where.shape, bool)
+  everything = problem.call.everything
   try:
     values = problem.values_for(everything)
     if values is not None:

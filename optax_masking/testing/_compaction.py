@@ -11,6 +11,8 @@ import numpy as np
 from optax_masking.testing import _trace
 from optax_masking.testing._ambiguity import without_shared_axes
 from optax_masking.testing._events import Broken, Event, Tried, Untried
+from optax_masking.testing._labels import role
+from optax_masking.testing._problem import Argument
 from optax_masking.testing._resized import (
   Resized,
   extended,
@@ -35,10 +37,11 @@ def compaction(run: Run) -> Iterator[Event]:
       "the loss draws random numbers, which depend on the shape of the data",
     )
     return
-  if indices := _indices_of_masked(run):
+  shared = [a for a in _indices_of_masked(run) if not a.maskable]
+  if shared:
     yield Untried(
       "compaction",
-      f"`{indices[0]}` has indices of the data, which removing some changes",
+      f"`{shared[0].name}` has indices of data, which removing some changes",
     )
     return
   events = list(_of_other_sizes(run))
@@ -51,20 +54,14 @@ def compaction(run: Run) -> Iterator[Event]:
   yield from _equal_elements(run)
 
 
-def _indices_of_masked(run: Run) -> list[str]:
-  """The names of shared arrays that index what a mask masks."""
+def _indices_of_masked(run: Run) -> list[Argument]:
+  """The arrays that index what a mask masks, as labels do, too."""
   arguments = run.problem.arguments
-  if run.jaxpr is None or not any(
-    a.integer and not a.maskable for a in arguments
-  ):
+  if run.jaxpr is None or not any(a.integer for a in arguments):
     return []
   masked = {i for i, a in enumerate(arguments) if a.maskable}
   found = _trace.flow(run.jaxpr, masked).indices
-  return [
-    a.name
-    for i, a in enumerate(arguments)
-    if i in found and a.integer and not a.maskable
-  ]
+  return [a for i, a in enumerate(arguments) if i in found and a.integer]
 
 
 def _of_other_sizes(run: Run) -> Iterator[Event]:
@@ -99,14 +96,14 @@ def _of_other_sizes(run: Run) -> Iterator[Event]:
 def _resizings(run: Run, mask: str) -> Iterator[Resized]:
   where = run.masks[mask]
   yield from without_masked(run, mask)
-  if mask == "as given" or mask.startswith(
-    ("sequences of growing", "the elem")
-  ):
+  if mask.startswith(("as given", "sequences of growing", "the element")):
     if where.any() and not where.all() and _rows_do_not_matter(run, mask):
       resized = flattened(run, where)
       if resized is not None:
         yield resized
     for axis in sorted({0, where.ndim - 1} if where.ndim else ()):
+      if _indices_of_masked(run) and role(run, axis) is None:
+        continue  # They may count all elements, also of other rows.
       longer = extended(run, mask, axis, count=2)
       if longer is not None:
         yield longer

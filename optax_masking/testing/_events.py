@@ -17,7 +17,7 @@ _WHY_UNTRIED = {
   **dict.fromkeys(CLAUSES, "there is nothing to try it on"),
   "zero_gradient": "no derivative was asked for, or nothing is masked",
   "honesty": "no gradient shows which elements count",
-  "compaction": "no mask leaves data of a shape that the loss takes",
+  "compaction": "no mask leaves data of which the loss has to be the same",
 }
 _WHY_NOT_APPLICABLE = {
   "transforms": "one transformation alone was asked for",

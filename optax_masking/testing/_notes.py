@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from optax_masking.testing._events import Event, Note
-from optax_masking.testing._masks import make_masks
 from optax_masking.testing._problem import SHARED_NAMES
 from optax_masking.testing._run import Run, first_index, number
 
@@ -80,7 +79,7 @@ def unpoisoned_inputs(run: Run) -> Iterator[Event]:
 
 def underivable_masks(run: Run) -> Iterator[Event]:
   """Notes masks that the loss derives of no data that the check can make."""
-  count = len(make_masks(run.problem))
+  count = len(run.possible_masks)
   if len(run.masks) < count:
     yield Note(
       f"The check found data for {len(run.masks)} of {count} masks, since the"

@@ -80,14 +80,24 @@ class Run:
 
   @functools.cached_property
   def everything(self) -> np.ndarray:
-    return np.ones(self.problem.where.shape, bool)
+    return self.problem.call.everything
+
+  @functools.cached_property
+  def possible_masks(self) -> dict[str, np.ndarray]:
+    """The masks to try, by name, without what is never included."""
+    found: dict[str, np.ndarray] = {}
+    for name, where in make_masks(self.problem).items():
+      where = where & self.everything
+      if not any(np.array_equal(where, other) for other in found.values()):
+        found[name] = where
+    return found
 
   @functools.cached_property
   def masks(self) -> dict[str, np.ndarray]:
-    """The masks to try, by name, of those for which there are data."""
+    """Those of them for which there are data."""
     return {
       name: where
-      for name, where in make_masks(self.problem).items()
+      for name, where in self.possible_masks.items()
       if self.problem.values_for(where) is not None
     }
 
