@@ -501,7 +501,7 @@ def integer_mask(logits, labels, where):
 
 
 @correct(
-  (PARAMS, batch_of(y=Y)), "batch['mask']", note="as a penalty of weights"
+  (PARAMS, batch_of(y=Y)), "batch['mask']", note="a penalty of weights alone"
 )
 def step_with_weight_decay(params, batch):
   m = batch["mask"]

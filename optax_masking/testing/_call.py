@@ -105,10 +105,10 @@ class Call:
     self.all_names = names
     self.arrays = [self._leaves[i] for i in positions]
     if callable(where):
-      if options.inverted_where or options.numeric_where:
+      if options.inverted_where:
         raise TypeError(
-          "`numeric_where` and `inverted_where` are for masks that the loss"
-          " takes. A function as `where` returns True for what is included."
+          "`inverted_where` is for a mask that the loss takes. A function as"
+          " `where` returns True for what is included."
         )
       self._derive, self.mask_name = where, "where(...)"
       where = self.derived(self.arrays)

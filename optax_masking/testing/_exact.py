@@ -144,8 +144,8 @@ def _empty(result: _Result, region: np.ndarray) -> Iterator[Event]:
   if result.quantity.part == "value" and got.any():
     yield Note(
       f"With nothing included the loss is {number(np.ravel(got)[0])}, not 0. It"
-      f" depends on `{names[0]}`, which all examples share, as a penalty of"
-      " weights does."
+      f" depends on `{names[0]}`, which all examples share: that is right for a"
+      " penalty of weights alone."
     )
 
 

@@ -237,47 +237,62 @@ def separate(run: Run, axis: int) -> bool:
   problem = run.problem
   if run.all_included is None:
     return False
-
-  def first(axes, shape):
-    chosen = np.zeros(shape, bool)
-    chosen[tuple(0 if k not in (axis, None) else slice(None) for k in axes)] = (
-      True
-    )
-    return chosen
-
-  tangents = [
-    np.where(
-      first(problem.arguments[f].axes, t.shape)
-      if problem.arguments[f].maskable
-      else np.zeros(t.shape, bool),
-      t,
-      0,
-    ).astype(t.dtype)
-    for f, t in zip(problem.floats, run.tangents, strict=True)
-  ]
   if run.result_axes:
-    alone = first(range(problem.where.ndim), problem.where.shape)
+    alone = _slice(
+      tuple(range(problem.where.ndim)), problem.where.shape, axis, 0
+    )
     values = problem.values_for(alone)
     if values is None:
       return False
-    own = first(run.result_axes, run.result.shape)
+    own = _slice(run.result_axes, run.result.shape, axis, 0)
     loss = run.evaluate_one(values, alone)[0]
     if differ(run, loss[own], run.usual[0][own], run.quantities[0]).any():
       return False  # It is divided by what all of them include.
-  results = run.evaluate_one(run.all_included, run.everything, tangents)
+  # A recursion goes one way, and may end before the last one.
+  shape = problem.where.shape
+  middle = min((s for k, s in enumerate(shape) if k != axis), default=1) // 2
+  return all(_changes_itself(run, axis, index) for index in (0, middle, -1))
+
+
+def _slice(
+  axes: Axes, shape: tuple[int, ...], axis: int, index: int
+) -> np.ndarray:
+  """The elements of one slice along an axis, at an index of all others."""
+  chosen = np.zeros(shape, bool)
+  at = tuple(index if k not in (axis, None) else slice(None) for k in axes)
+  chosen[at] = True
+  return chosen
+
+
+def _changes_itself(run: Run, axis: int, index: int) -> bool:
+  """Whether other data in a slice change its own loss and gradients alone.
+
+  The data have to change, since a derivative may be stopped.
+  """
+  assert run.all_included is not None
+  arguments = run.problem.arguments
+  values = list(run.all_included)
+  for f in run.problem.floats:
+    x = values[f]
+    if arguments[f].maskable:
+      chosen = _slice(arguments[f].axes, x.shape, axis, index)
+      values[f] = np.where(chosen, x * 1.25, x).astype(x.dtype)
+  results = run.evaluate_one(values, run.everything)
   known = False
-  for quantity, got in zip(run.quantities, results, strict=True):
-    if quantity.label == "the tangent" and run.result_axes:
-      others = ~first(run.result_axes, got.shape)
-    elif quantity.part == "forward over reverse" and not run.result_axes:
-      a = problem.arguments[quantity.wrt or 0]
-      if not a.maskable or len([k for k in a.axes if k is not None]) < 2:
-        continue
-      others = ~first(a.axes, got.shape)
-    else:
+  for quantity, got, usual in zip(
+    run.quantities, results, run.usual, strict=True
+  ):
+    axes: Axes | None = None
+    wrt = quantity.wrt
+    if quantity.part == "value":
+      axes = run.result_axes
+    elif quantity.part == "vjp" and wrt is not None and arguments[wrt].maskable:
+      axes = arguments[wrt].axes
+    if not axes or not {*axes} - {axis, None}:
       continue
     known = True
-    if np.abs(got[others]).max(initial=0) > 1e-6 * np.abs(got).max(initial=0):
+    others = ~_slice(axes, got.shape, axis, index)
+    if differ(run, got[others], usual[others], quantity).any():
       return False
   return known
 
