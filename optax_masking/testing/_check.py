@@ -327,7 +327,11 @@ def _only_padded(call: Call, found: Sequence[Finding]) -> Reading | None:
 
 def _inverted(call: Call, found: Sequence[Finding]) -> Reading | None:
   clauses = {finding.clause for finding in found}
-  if call.mask_is_derived or not {"invariance", "compaction"} <= clauses:
+  reached = any(
+    f.clause == "zero_gradient" and f.poison is None and f.got != "nan"
+    for f in found
+  )
+  if call.mask_is_derived or not reached or "compaction" not in clauses:
     return None
   text = (
     f"Less is found with the inverse of `{call.mask_name}`. If the loss takes"

@@ -37,7 +37,7 @@ def compaction(run: Run) -> Iterator[Event]:
       "the loss draws random numbers, which depend on the shape of the data",
     )
     return
-  shared = [a for a in _indices_of_masked(run) if not a.maskable]
+  shared = [a for a in run.remember(_indices_of_masked) if not a.maskable]
   if shared:
     yield Untried(
       "compaction",
@@ -69,6 +69,7 @@ def _of_other_sizes(run: Run) -> Iterator[Event]:
   # Each shape is a program to compile: one of each kind is enough.
   shapes: dict[Any, tuple[int, ...]] = {}
   refused: set[Any] = set()
+  narrow = "vmap" not in run.problem.options.transforms
   for mask in run.masks:
     for resized in _resizings(run, mask):
       if call.sources and not call.derives(
@@ -83,7 +84,7 @@ def _of_other_sizes(run: Run) -> Iterator[Event]:
       if resized.is_one:
         # One alone broadcasts with arrays that the loss has of its own, for
         # which it would not take others.
-        if kind not in shapes or kind in refused:
+        if narrow or kind not in shapes or kind in refused:
           continue
         kind = (*kind, "one")
       if shapes.setdefault(kind, shape) == shape:
@@ -102,7 +103,7 @@ def _resizings(run: Run, mask: str) -> Iterator[Resized]:
       if resized is not None:
         yield resized
     for axis in sorted({0, where.ndim - 1} if where.ndim else ()):
-      if _indices_of_masked(run) and role(run, axis) is None:
+      if run.remember(_indices_of_masked) and role(run, axis) is None:
         continue  # They may count all elements, also of other rows.
       longer = extended(run, mask, axis, count=2)
       if longer is not None:
@@ -114,7 +115,11 @@ def _rows_do_not_matter(run: Run, mask: str) -> bool:
 
   They have in a mean over tokens, and not in a mean of the means of rows.
   """
-  if run.all_included is None or _adds_rows(run, mask):
+  return run.remember(_one_row_is_the_same) and not _adds_rows(run, mask)
+
+
+def _one_row_is_the_same(run: Run) -> bool:
+  if run.all_included is None:
     return False
   resized = flattened(run, run.everything)
   if resized is None:

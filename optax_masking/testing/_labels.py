@@ -17,10 +17,7 @@ def role(run: Run, axis: int) -> str | None:
   They name a "class" along it if moving the classes, and the names with them,
   changes nothing, and are "free" of it if moving the classes alone does not.
   """
-  known = run.roles
-  if axis not in known:
-    known[axis] = _find_role(run, axis)
-  return known[axis]
+  return run.remember(_find_role, axis)
 
 
 def _find_role(run: Run, axis: int) -> str | None:

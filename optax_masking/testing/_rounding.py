@@ -35,9 +35,7 @@ def _size(run: Run, quantity: Quantity) -> float:
   gradient of terms as large as the loss over the data. What else cancels shows
   in the noise.
   """
-  if quantity not in run.sizes:
-    run.sizes[quantity] = _find_size(run, quantity)
-  return run.sizes[quantity]
+  return run.remember(_find_size, quantity)
 
 
 def _find_size(run: Run, quantity: Quantity) -> float:

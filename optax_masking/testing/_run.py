@@ -245,14 +245,15 @@ class Run:
     """The parts for the value and the gradient."""
     return [part for part in ("value", "vjp") if part in self.parts]
 
-  # What other modules remember of a run.
+  def remember(self, function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a function of this run, computed once."""
+    key = (function, *args)
+    if key not in self._memory:
+      self._memory[key] = function(self, *args)
+    return self._memory[key]
 
   @functools.cached_property
-  def roles(self) -> dict[int, str | None]:
-    return {}
-
-  @functools.cached_property
-  def sizes(self) -> dict[Quantity, float]:
+  def _memory(self) -> dict[Any, Any]:
     return {}
 
   @functools.cached_property

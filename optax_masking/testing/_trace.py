@@ -198,10 +198,11 @@ def _run(
       functions, parameters = bound if isinstance(bound, tuple) else ([], bound)
       # What has no inputs is no part of the data, and may choose a branch.
       constant = values == []
+      arrays = [v.array for v in values]
+      if eqn.primitive.name == "mul":  # XLA makes a select of 0 times infinity.
+        arrays = list(map(_as_it_is, arrays))
       with jax.ensure_compile_time_eval() if constant else _NOTHING:
-        arrays = eqn.primitive.bind(
-          *functions, *(_as_it_is(v.array) for v in values), **parameters
-        )
+        arrays = eqn.primitive.bind(*functions, *arrays, **parameters)
       arrays = arrays if eqn.primitive.multiple_results else [arrays]
       results = [Value(x, len(steps), i) for i, x in enumerate(arrays)]
       steps.append(Step(eqn.primitive.name, values, results, traceback))
