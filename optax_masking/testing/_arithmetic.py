@@ -30,6 +30,11 @@ def _all_operations(run: Run) -> Iterator[Event]:
   else:
     steps, outputs = run.steps(run.all_included, run.everything)
   yield Tried("clean_arithmetic")
+  if run.is_long:
+    yield Untried(
+      "clean_arithmetic",
+      "the program is long, so that only values and gradients were looked at",
+    )
   made = _trace.making_nonfinite(steps, outputs)
   usual = {_place(steps[i]) for i in made}
   for mask in few_of_each_kind(run.masks, 1):

@@ -231,14 +231,14 @@ def _failure(
   problem: Problem, parts: Sequence[str], compiled: bool
 ) -> str | None:
   """Why some parts can't be computed, None if they can."""
-  some = program(problem.call, parts, problem.floats)
+  run = problem.program(tuple(parts), compiled)
   tangents = [problem.values[f] for f in problem.floats]
   values, where = problem.values, problem.call.host_mask(problem.where)
   try:
     if compiled:  # A custom_vjp fails only when it is lowered.
-      jax.jit(some).lower(values, tangents, where=where)
+      run.lower(values, tangents, where=where)
     else:
-      some(values, tangents, where=where)
+      run(values, tangents, where=where)
   except Exception as error:
     return error_line(error)
   return None

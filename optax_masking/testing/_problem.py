@@ -7,11 +7,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optax_masking.testing._call import Call
 from optax_masking.testing._options import Axes, Options, is_part_of
+from optax_masking.testing._program import program
 
 # How many numbers the data may have, and how many large data have.
 MOST = 2**20
@@ -97,6 +99,18 @@ class Problem:
   @functools.cached_property
   def size(self) -> int:
     return sum(a.value.size for a in self.arguments)
+
+  def program(self, parts: tuple[str, ...], compiled: bool) -> Any:
+    """The loss and its derivatives as a function, which JAX traces once."""
+    known = self._programs
+    if (parts, compiled) not in known:
+      run = program(self.call, parts, self.floats)
+      known[parts, compiled] = jax.jit(run) if compiled else run
+    return known[parts, compiled]
+
+  @functools.cached_property
+  def _programs(self) -> dict[Any, Any]:
+    return {}
 
   def included(
     self, where: np.ndarray, shape: Sequence[int], axes: Axes

@@ -109,7 +109,7 @@ class Run:
   @functools.cached_property
   def lanes(self) -> Lanes:
     """All quantities, for many data and masks."""
-    run = program(self.problem.call, self.parts, self.problem.floats)
+    run = self.problem.program(self.parts, self.compiled)
 
     def lane(values, tangents, where):
       return run(values, tangents, where=where)
@@ -291,7 +291,7 @@ class Run:
       return None
 
   def _traced(self, parts: Sequence[str]) -> Any:
-    run = program(self.problem.call, parts, self.problem.floats)
+    run = self.problem.program(tuple(parts), self.compiled)
     values = self.problem.values_for(self.problem.where)
     return jax.make_jaxpr(
       lambda values, tangents, where: run(values, tangents, where=where)
@@ -320,7 +320,15 @@ class Run:
 
   @functools.cached_property
   def _recorders(self) -> list[_trace.Recorder]:
-    return [self._recorder(self.jaxpr)]
+    jaxpr = self.jaxpr
+    if self.is_long:
+      jaxpr = self._traced(self.parts_of_gradient)
+    return [self._recorder(jaxpr)]
+
+  @functools.cached_property
+  def is_long(self) -> bool:
+    """Whether XLA would take minutes to compile all steps as results."""
+    return self.jaxpr is not None and _trace.length(self.jaxpr) > 3000
 
   def _recorder(self, jaxpr: Any) -> _trace.Recorder:
     return _trace.Recorder(jaxpr, self.compiled, unoptimized())

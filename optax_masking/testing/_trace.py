@@ -394,6 +394,16 @@ def programs_in(eqn: Any) -> Iterator[Any]:
       yield parameter
 
 
+def length(program: Any) -> int:
+  """How many steps a program has."""
+  steps = 0
+  for eqn in program.eqns:
+    inner = max(map(length, programs_in(eqn)), default=1)
+    count = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+    steps += inner * (count if count <= _LENGTH else 1)
+  return steps
+
+
 def uses(program: Any, primitives: Collection[str]) -> bool:
   """Whether any of some primitives is in a program."""
   return any(
