@@ -1,16 +1,21 @@
 """The commands `stage` and `status`, on a checkout of Optax."""
 
 import argparse
+import dataclasses
+import difflib
 import functools
+import os
 import pathlib
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import optax
 
 from optax_masking._output import UsageError, check_writable, write
-from optax_masking.testing import CLAUSES
-from optax_masking.upstream import _proposals, _staging, _wrappers
+from optax_masking.losses._table import ROWS
 
 _CHECKOUT_HELP = (
   "a git checkout of Optax, or a folder with a copy of the folder optax that"
@@ -19,138 +24,223 @@ _CHECKOUT_HELP = (
 
 
 def add_commands(commands: Any) -> None:
-  _add_stage(commands)
-  _add_status(commands)
-
-
-def _add_stage(commands: Any) -> None:
   parser = commands.add_parser(
     "stage",
-    help="put masked losses into the source of an Optax",
+    help="put masks into the losses of an Optax, as pull requests to it",
     description=(
-      "Masks losses of Optax in its own source: edits the files of CHECKOUT and"
-      " nothing else, so that the change can be tested and proposed to Optax."
-      " With --patch, --dry-run or --message CHECKOUT stays as it is."
+      "Edits the losses of CHECKOUT, and their tests, so that the change can be"
+      " tested and proposed to Optax. With --patch, --dry-run, --message and"
+      " --branches the files of CHECKOUT stay as they are."
     ),
     epilog=(
       "Exit status: 0 if CHECKOUT has the losses, or the requested output is"
-      " written; 2 on an error, such as a loss that has changed since its"
-      " wrapper was tested. After an error CHECKOUT stays as it is."
+      " written; 2 on an error. After an error CHECKOUT stays as it is."
     ),
   )
-  parser.add_argument("checkout", metavar="CHECKOUT", help=_CHECKOUT_HELP)
-  losses = parser.add_mutually_exclusive_group()
-  losses.add_argument(
-    "--loss",
-    action="append",
-    default=[],
-    metavar="NAME",
-    help=(
-      "mask this loss, and the losses that it calls; may be repeated (default:"
-      " all losses)"
-    ),
+  add = parser.add_argument
+  add("checkout", metavar="CHECKOUT", help=_CHECKOUT_HELP)
+  names: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument(
+    "--loss", help="this loss, and what it calls; may be repeated", **names
   )
-  losses.add_argument(
-    "--except",
-    action="append",
-    default=[],
-    metavar="NAME",
-    dest="left_out",
-    help="mask all losses but this one; may be repeated",
+  what.add_argument(
+    "--all", action="store_true", help="all losses that can be staged"
   )
+  what.add_argument(
+    "--rank-rule",
+    action="store_true",
+    help="the meaning of masks of lower rank, where NumPy's rule applies today",
+  )
+  text = "with --all, all losses but this; may be repeated"
+  add("--except", dest="left_out", help=text, **names)
   output = parser.add_mutually_exclusive_group()
   output.add_argument(
-    "--patch", metavar="FILE", help="write a patch for git apply to FILE"
+    "--patch", metavar="FILE", help="write a patch for git apply to a new FILE"
   )
-  output.add_argument("--dry-run", action="store_true", help="print the patch")
-  output.add_argument(
-    "--message",
-    action="store_true",
-    help=(
-      "print the description of a pull request: a title, and the findings of an"
-      " audit before and after"
-    ),
-  )
-  parser.add_argument(
-    "--base",
-    metavar="COMMIT",
-    default="HEAD",
-    help=(
-      "for --message, a commit without the losses that are staged already: the"
-      " state before"
-    ),
-  )
+  for option, text in {
+    "--dry-run": "print the patch",
+    "--message": "print the description of the pull request",
+    "--branches": "with --all, a branch with a commit for each pull request",
+  }.items():
+    output.add_argument(option, action="store_true", help=text)
+  text = "edit files that have uncommitted changes"
+  add("--force", action="store_true", help=text)
   parser.set_defaults(run=_run_stage, parser=parser)
 
-
-def _run_stage(args: argparse.Namespace) -> int:
-  checkout = _staging.Checkout.at(args.checkout)
-  names = args.loss
-  if args.left_out:
-    names = [n for n in _wrappers.LOSSES if n not in args.left_out]
-  if args.message:
-    write(_proposals.message(checkout, names, args.base), None)
-    return 0
-  in_place = not args.patch and not args.dry_run
-  if in_place and checkout.root.name in ("site-packages", "dist-packages"):
-    raise UsageError(
-      f"{checkout.root} is where Optax is installed. Stage a copy of it: the"
-      " folder optax, in a folder of its own"
-    )
-  find_fixed = functools.partial(_proposals.find_fixed, checkout)
-  staging = _staging.stage(checkout, names, find_fixed)
-  by_reason: dict[str, list[str]] = {}
-  for name, why in staging.skipped.items():
-    by_reason.setdefault(why, []).append(name)
-  for why, skipped in by_reason.items():
-    print(f"{', '.join(skipped)}: {why}", file=sys.stderr)
-  for remark in staging.remarks:
-    print(remark, file=sys.stderr)
-  if not staging.changes:
-    print("There is nothing to change.", file=sys.stderr)
-    return 0
-  if args.dry_run:
-    write(staging.patch(), None)
-    return 0
-  if args.patch:
-    check_writable(args.patch)
-    if pathlib.Path(args.patch).resolve() in staging.paths:
-      raise UsageError(f"{args.patch} is a file that the patch changes")
-    write(staging.patch(), args.patch)
-    print(f"{args.patch}, for git apply in {checkout.root}:")
-  else:
-    staging.write()
-  for change in staging.changes:
-    print(f"{change.file}: {change}")
-  if in_place:
-    print(
-      f"Test it in {checkout.root}: PYTHONPATH=. python -m pytest optax/losses"
-    )
-  return 0
-
-
-def _add_status(commands: Any) -> None:
   parser = commands.add_parser(
     "status",
     help="list the pull requests that are still to be made to Optax",
     description=(
-      "Lists what each loss of CHECKOUT has by itself (`axis`, `where`, the"
-      " clauses of the mask contract that it keeps in a quick audit) and what a"
-      " stage would add. Losses with NaN gradients come first. The audit takes"
-      " about a minute. The clauses: "
-      + " ".join(f"{name}: {text}" for name, text in CLAUSES.items())
+      "Lists the pull requests in the order in which they should be made, the"
+      " smallest and most certain first: the lines, the repair, what a check of"
+      " each loss finds before and after, and the command."
     ),
   )
   parser.add_argument(
     "checkout",
     metavar="CHECKOUT",
     nargs="?",
+    default=pathlib.Path(optax.__file__).parent,
     help=f"{_CHECKOUT_HELP}; by default the Optax that is installed",
   )
   parser.set_defaults(run=_run_status, parser=parser)
 
 
+def _open(path: str) -> tuple[Any, Any]:
+  """A checkout, and the module of the proposals, which need LibCST."""
+  try:
+    from optax_masking.upstream import _checkout, _proposals
+  except ModuleNotFoundError as error:
+    if error.name != "libcst":
+      raise
+    raise UsageError(
+      "this needs LibCST: pip install 'optax_masking[upstream]'"
+    ) from None
+  return _checkout.Checkout.at(path), _proposals
+
+
 def _run_status(args: argparse.Namespace) -> int:
-  folder = args.checkout or pathlib.Path(optax.__file__).parent
-  write(_proposals.status(_staging.Checkout.at(folder)), None)
+  checkout, proposals = _open(args.checkout)
+  write(proposals.status(checkout), None)
   return 0
+
+
+def _run_stage(args: argparse.Namespace) -> int:
+  for name in (*args.loss, *args.left_out):
+    if name not in ROWS:
+      similar = difflib.get_close_matches(name, ROWS, 3, 0.5)
+      hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
+      raise UsageError(f"There is no loss {name}.{hint}")
+  if (args.left_out or args.branches) and not args.all:
+    raise UsageError("--except and --branches are for --all")
+  checkout, proposals = _open(args.checkout)
+  if args.branches:
+    _check_committed(checkout, ["optax/losses"], args.force)
+    _make_branches(checkout, proposals, args.left_out)
+    return 0
+  after = _staged(checkout, proposals, args)
+  patch = after.patch(checkout)
+  if not patch:
+    print("There is nothing to change.", file=sys.stderr)
+  elif args.message:
+    write(_message(checkout, after, proposals, args), None)
+  elif args.dry_run:
+    write(patch, None)
+  elif args.patch:
+    if pathlib.Path(args.patch).exists():
+      raise UsageError(f"{args.patch} exists")
+    check_writable(args.patch)
+    write(patch, args.patch)
+    print(f"In {checkout.root}: git apply {args.patch}, and back with -R")
+  else:
+    _write_files(checkout, after.changed(checkout), args.force)
+  return 0
+
+
+def _staged(checkout: Any, proposals: Any, args: argparse.Namespace) -> Any:
+  """The checkout with the requested losses."""
+  if args.rank_rule:
+    return proposals.apply(checkout, proposals.PROPOSALS[-1])
+  if args.loss:
+    return checkout.staged(args.loss)
+  for name in (n for p in proposals.PROPOSALS for n in p.losses):
+    if name in args.left_out or checkout.is_staged(name):
+      continue
+    if obstacle := checkout.obstacle(name):
+      print(f"{name} can't be staged: {obstacle}", file=sys.stderr)
+    else:
+      checkout = checkout.staged([name])
+  return checkout
+
+
+def _message(checkout: Any, after: Any, proposals: Any, args: Any) -> str:
+  names = {ROWS[n].alias_of or ROWS[n].output_of or n for n in args.loss}
+  found = [p for p in proposals.PROPOSALS if names & {*p.losses}]
+  if args.rank_rule:
+    found = [proposals.PROPOSALS[-1]]
+  if len(found) != 1:
+    raise UsageError("--message is for the losses of one pull request")
+  texts = [proposals.print_examples(c, found)[0] for c in (checkout, after)]
+  losses = [
+    n
+    for n in found[0].losses
+    if after.is_staged(n) and not checkout.is_staged(n)
+  ]
+  changed = dataclasses.replace(found[0], losses=losses)
+  return proposals.message(changed, *texts, after.patch(checkout))
+
+
+def _write_files(checkout: Any, changes: Any, force: bool) -> None:
+  if checkout.root.name in ("site-packages", "dist-packages"):
+    raise UsageError(
+      f"{checkout.root} is where Optax is installed. Stage a copy of it: the"
+      " folder optax, in a folder of its own"
+    )
+  _check_committed(checkout, changes, force)
+  try:
+    for file, (_, new) in changes.items():
+      (checkout.root / file).write_text(new, "utf-8")
+      print(file)
+  except OSError as error:
+    for file, (old, _) in changes.items():
+      if os.access(checkout.root / file, os.W_OK):
+        (checkout.root / file).write_text(old, "utf-8")
+    raise UsageError(f"nothing was changed, since {error}") from error
+  print(
+    f"Test it in {checkout.root}: PYTHONPATH=. python -m pytest optax/losses"
+  )
+
+
+def _check_committed(checkout: Any, files: Iterable[str], force: bool) -> None:
+  if force or not (checkout.root / ".git").exists():
+    return
+  if changed := _git(checkout, "status", "--porcelain", "--", *files):
+    raise UsageError(
+      f"these files have uncommitted changes; commit them, or add --force:\n"
+      f"{changed}"
+    )
+
+
+def _git(checkout: Any, *command: str, text: str = "", **more: str) -> str:
+  try:
+    return subprocess.run(
+      ["git", "-C", str(checkout.root), *command],
+      env=os.environ | more,
+      input=text,
+      capture_output=True,
+      check=True,
+      text=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError) as error:
+    stderr = getattr(error, "stderr", error)
+    raise UsageError(f"git {command[0]} fails: {stderr}") from None
+
+
+def _make_branches(checkout: Any, proposals: Any, left_out: Any) -> None:
+  """Makes commits, which changes neither files nor the index."""
+  rows = list(proposals.in_order(checkout, left_out))
+  rows = [row for row in rows if row[3].changed(row[2])]
+  names = [proposal for proposal, *_ in rows]
+  final = functools.reduce(proposals.apply, names, checkout)
+  was = proposals.print_examples(checkout, names)
+  becomes = proposals.print_examples(final, names)
+  commits: dict[str, str] = {}
+  with tempfile.TemporaryDirectory() as folder:
+    index = {"GIT_INDEX_FILE": str(pathlib.Path(folder, "index"))}
+    for i, (proposal, base, before, after) in enumerate(rows):
+      parent = commits[base.name] if base else "HEAD"
+      _git(checkout, "read-tree", parent, **index)
+      for file, (_, new) in after.changed(before).items():
+        blob = _git(checkout, "hash-object", "-w", "--stdin", text=new)
+        info = f"100644,{blob},{file}"
+        _git(checkout, "update-index", "--cacheinfo", info, **index)
+      tree = _git(checkout, "write-tree", **index)
+      text = proposals.message(
+        proposal, was[i], becomes[i], after.patch(before)
+      )
+      command = ("commit-tree", tree, "-p", parent)
+      commits[proposal.name] = _git(checkout, *command, text=text)
+      branch = f"masks/{proposal.name}"
+      _git(checkout, "branch", branch, commits[proposal.name])
+      print(branch + (f" on masks/{base.name}" if base else ""))

@@ -1,0 +1,278 @@
+"""A checkout of Optax, and the losses that are staged in it."""
+
+import ast
+import dataclasses
+import difflib
+import pathlib
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+
+from optax_masking.losses._table import ROWS
+from optax_masking.upstream import _edits
+from optax_masking.upstream._changes import TEMPLATES, change_of, real_name
+from optax_masking.upstream._edits import EditError
+
+_HELPER = "canonicalize_where"
+_HOME = "_classification"  # The module with the helper.
+_NOTE = "Values and gradients do not depend on"
+_RANK_NOTE = (
+  "A ``where`` of lower rank has one entry for each slice along ``axis``."
+)
+_AXIS_ENTRY = "Axis or axes to sum over; none by default."
+_WHERE_ENTRY = (
+  "Boolean mask of the elements to include, of the shape of the arguments, with"
+  " or without {}."
+)
+_TEST = "  )\n  def test_masked_elements_do_not_matter("
+_INDEX_TEST = """
+(
+    lambda x, _, **kwargs: (
+        {}(
+            x, jnp.zeros(x.shape[:-1], int), **kwargs
+        )
+    ),
+),
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkout:
+  """The text of an Optax.
+
+  Attributes:
+    root: The folder that holds the package `optax`.
+    texts: The losses' modules and their tests, by name: `"_ranking_test"`.
+    version: The release that will bring a change.
+  """
+
+  root: pathlib.Path
+  texts: Mapping[str, str]
+  version: str
+
+  @classmethod
+  def at(cls, path: str | pathlib.Path) -> "Checkout":
+    path = pathlib.Path(path).resolve()
+    for root in (path, path.parent):
+      losses = root / "optax" / "losses"
+      if path in (root, root / "optax") and (losses / "__init__.py").is_file():
+        texts = {p.stem: p.read_text("utf-8") for p in losses.glob("_*.py")}
+        version = (root / "optax" / "__init__.py").read_text("utf-8")
+        return cls(root, texts, _release(version))
+    raise EditError(
+      f"{path} is no checkout of Optax. Name the folder that holds the folder"
+      " optax, with optax/losses/__init__.py in it."
+    )
+
+  def module_of(self, name: str) -> str:
+    """The module that defines a loss, or ""."""
+    found = (m for m, text in self.texts.items() if f"\ndef {name}(" in text)
+    return next(found, "")
+
+  def function(self, name: str) -> ast.FunctionDef:
+    return _edits.functions(self.texts[self.module_of(name)])[name]
+
+  def is_staged(self, name: str, note: str = _NOTE) -> bool:
+    if not self.module_of(name):
+      return False
+    docstring = ast.get_docstring(self.function(name)) or ""
+    return note in " ".join(docstring.split())
+
+  def obstacle(self, name: str) -> str:
+    """Why a loss can't be staged, or ""."""
+    name = real_name(name)
+    change, module = change_of(name), self.module_of(name)
+    if not module:
+      return "it is in none of the modules of optax.losses"
+    found = _edits.fingerprint(self.texts[module], name, ROWS)
+    if found not in ROWS[name].written_for:
+      return f"its code has changed: its fingerprint is {found}"
+    if change.needs and not self.is_staged(change.needs):
+      called = self.obstacle(change.needs)
+      return f"{change.needs}, which it calls: {called}" if called else ""
+    return change.obstacle
+
+  def staged(self, names: Iterable[str]) -> "Checkout":
+    """The checkout with some losses staged, and those that they call.
+
+    Raises:
+      EditError: If a loss can't be staged.
+    """
+    found = self
+    for name in map(real_name, names):
+      if found.is_staged(name):
+        continue
+      if obstacle := found.obstacle(name):
+        raise EditError(f"{name} can't be staged: {obstacle}.")
+      found = found.staged([change_of(name).needs] * bool(change_of(name).needs))
+      found = found._with_change(name)
+    return found
+
+  def _with_change(self, name: str) -> "Checkout":
+    """Makes the change of one loss."""
+    row, change, module = ROWS[name], change_of(name), self.module_of(name)
+    text, function = self.texts[module], self.function(name)
+    names = [p.arg for p in _edits.parameters(function)]
+    optional = "Union[{}, None]"
+    if "Union" not in text.partition("\n\n\n")[0]:
+      optional = "Optional[{}]"
+    new = {}
+    if row.elementwise and "axis" not in names:
+      new["axis"] = f"{optional.format('int, tuple[int, ...]')} = ()"
+    if "where" not in names and not row.output_of and row.compacts:
+      new["where"] = f"{optional.format('jax.typing.ArrayLike')} = None"
+    axis = "axis" if "axis" in {*names, *new} else "-1"
+    edits = [(old, self._canon(module, code)) for old, code in change.edits]
+    if change.fills:
+      lines = ["if where is not None:"]
+      if "where" in new:
+        lines += self._call(module, name, axis).splitlines()
+      comment = _edits.wrapped(change.reason, "    # ")
+      lines += [line[2:] for line in comment.splitlines()]
+      for argument, fill in change.fills.items():
+        number = int(fill) if fill == int(fill) else fill
+        lines.append(f"  {argument} = jnp.where(where, {argument}, {number})")
+      first = _edits.first_statement(function)
+      edits.append((first, "\n".join([*lines, "..."])))
+    if row.elementwise and not change.needs:
+      edits.append(_sum(function, change.edits))
+    text = _edits.replace(text, name, edits)
+    if new:
+      text = _edits.add_parameters(text, name, new)
+      if "Optional" in str(new) and "import Optional" not in text:
+        typing = "from typing import Optional\n\n"
+        text = text.replace("import jax\n", f"{typing}import jax\n", 1)
+    entries = {"axis": _AXIS_ENTRY} if "axis" in new else {}
+    if "where" in new:
+      last = f"{_HELPER}(where, -1" in self._canon(module, str(change.edits))
+      without = "the last axis" if last else "``axis``"
+      entries["where"] = _WHERE_ENTRY.format(without)
+    added = "``axis`` and ``where`` arguments"
+    added = added if len(new) > 1 else "the ``where`` argument"
+    note = f"{_NOTE} {'masked elements' if row.compacts else 'padded frames'}."
+    note = f"Added {added}. {note}" if new else note
+    note = f"{note} {change.note}".rstrip()
+    text = _edits.edit_docstring(text, name, entries, self.version, note)
+    found = self._with(module, text)
+    return found._with_helper(module)._with_test(module, name)
+
+  def _canon(self, module: str, code: str) -> str:
+    home = "" if module == _HOME else f"{_HOME}."
+    return code.replace("CANON", f"{home}{_HELPER}")
+
+  def _call(self, module: str, name: str, axis: str) -> str:
+    """A call of the helper, with the arguments that a mask fits."""
+    row = ROWS[name]
+    parameters = _edits.parameters(self.function(name))[: len(row.data)]
+    arrays = [
+      p.arg for i, p in enumerate(parameters) if i not in row.per_example
+    ]
+    given = ", ".join(["where", axis, *arrays])
+    helper = self._canon(module, "CANON")
+    line = f"  where = {helper}({given})"
+    return line if len(line) < 79 else f"  where = {helper}(\n      {given}\n  )"
+
+  def with_rank_rule(self, names: Iterable[str]) -> "Checkout":
+    """The checkout in which masks of lower rank have one entry a slice."""
+    found = self
+    for name in names:
+      if found.is_staged(name, _RANK_NOTE):
+        continue
+      module = found.module_of(name)
+      code = f"if where is not None:\n{found._call(module, name, 'axis')}\n..."
+      edit = (_edits.first_statement(found.function(name)), code)
+      text = _edits.replace(found.texts[module], name, [edit])
+      text = _edits.edit_docstring(text, name, {}, found.version, _RANK_NOTE)
+      found = found._with(module, text)._with_helper(module)
+    return found
+
+  def _with(self, module: str, text: str) -> "Checkout":
+    return dataclasses.replace(self, texts={**self.texts, module: text})
+
+  def _with_helper(self, module: str) -> "Checkout":
+    """Adds the helper, and its import, if a module calls it."""
+    text, home = self.texts[module], self.texts[_HOME]
+    if f"{_HELPER}(" not in text:
+      return self
+    place = "\n\n\ndef sigmoid_binary_cross_entropy("
+    if f"def {_HELPER}(" not in home:
+      helper = _edits.with_quotes_of(home, TEMPLATES["helper"])
+      home = home.replace(place, f"\n\n\n{helper.rstrip()}{place}")
+    statement = f"from optax.losses import {_HOME}\n"
+    if module == _HOME or statement in text:
+      return self._with(_HOME, home)
+    utils = "from optax._src import utils\n"
+    text = text.replace(utils, f"{utils}{statement}")
+    return self._with(_HOME, home)._with(module, text)
+
+  def _with_test(self, module: str, name: str) -> "Checkout":
+    """Adds the row of a loss to the test of its file, or the test."""
+    text, test = self.texts[f"{module}_test"], change_of(name).test
+    index = _INDEX_TEST if ROWS[name].has_classes else "({},),"
+    row = test or index.format(f"{module}.{name}")
+    row = textwrap.indent(textwrap.dedent(row).strip(), " " * 6) + "\n"
+    main = "\n\nif __name__"
+    if "def test" in test:
+      text = _with_method(text, name, test)
+    elif _TEST in text:
+      text = text.replace(_TEST, row + _TEST)
+    else:
+      code = TEMPLATES["class"].replace(_TEST, row + _TEST)
+      code = _edits.with_quotes_of(text, code)
+      text = text.replace(main, f"\n\n{code}{main}")
+    old = "from absl.testing import absltest\n"
+    if "import parameterized\n" not in text:
+      text = text.replace(old, f"{old}from absl.testing import parameterized\n")
+    return self._with(f"{module}_test", text)
+
+  def changed(self, before: "Checkout") -> dict[str, tuple[str, str]]:
+    """The old and the new text of each file that is not as before."""
+    return {
+      f"optax/losses/{module}.py": (before.texts[module], text)
+      for module, text in sorted(self.texts.items())
+      if text != before.texts[module]
+    }
+
+  def patch(self, before: "Checkout") -> str:
+    """The changes as `git apply` takes them."""
+    parts = []
+    for file, (old, new) in self.changed(before).items():
+      parts.append(f"diff --git a/{file} b/{file}\n")
+      lines = old.splitlines(True), new.splitlines(True)
+      parts += difflib.unified_diff(*lines, f"a/{file}", f"b/{file}")
+    return "".join(parts)
+
+
+def _release(init: str) -> str:
+  found = re.search(
+    r"""^__version__.* = ["'](\d+)\.(\d+)\.(\d+)(.*)["']""", init, re.M
+  )
+  if found is None:
+    raise EditError("optax/__init__.py has no `__version__`.")
+  major, minor, micro, rest = found.groups()
+  return f"{major}.{minor}.{int(micro) + (0 if 'dev' in rest else 1)}"
+
+
+def _sum(
+  function: ast.FunctionDef, edits: Iterable[tuple[str, str]]
+) -> tuple[str, str]:
+  """Sums what a function returns, if an axis or a mask is given."""
+  last = function.body[-1]
+  assert isinstance(last, ast.Return) and last.value is not None
+  value = ast.unparse(last.value)
+  name = value if value.isidentifier() else "loss"
+  for old, new in edits:  # Of a return that an edit has replaced already.
+    if old == f"return {value}":
+      value = name = new.rpartition("return ")[2]
+  code = "" if value == name else f"{name} = RETURNED\n"
+  code += f"if where is None and axis == ():\n  return {name}\n"
+  code += f"return jnp.sum({name}, axis=axis, where=where)"
+  return f"return {value}", code
+
+
+def _with_method(text: str, name: str, method: str) -> str:
+  """Adds a method to the class with the tests of a loss."""
+  start = text.index("class NtxentTest" if name == "ntxent" else "class CTCTest")
+  end = text.index("\n\n\n", start)
+  method = _edits.with_quotes_of(text, method)
+  return f"{text[:end]}\n\n{method.rstrip()}{text[end:]}"
