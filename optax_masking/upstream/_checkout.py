@@ -134,8 +134,8 @@ class Checkout:
         lines.append(f"  {argument} = jnp.where(where, {argument}, {number})")
       first = _edits.first_statement(function)
       edits.append((first, "\n".join([*lines, "..."])))
-    if row.elementwise and not change.needs:
-      edits.append(_sum(function, change.edits))
+    if row.elementwise and "axis=axis" not in str(edits):
+      edits.append(_sum(function))
     text = _edits.replace(text, name, edits)
     if new:
       text = _edits.add_parameters(text, name, new)
@@ -253,21 +253,14 @@ def _release(init: str) -> str:
   return f"{major}.{minor}.{int(micro) + (0 if 'dev' in rest else 1)}"
 
 
-def _sum(
-  function: ast.FunctionDef, edits: Iterable[tuple[str, str]]
-) -> tuple[str, str]:
+def _sum(function: ast.FunctionDef) -> tuple[str, str]:
   """Sums what a function returns, if an axis or a mask is given."""
   last = function.body[-1]
   assert isinstance(last, ast.Return) and last.value is not None
-  value = ast.unparse(last.value)
-  name = value if value.isidentifier() else "loss"
-  for old, new in edits:  # Of a return that an edit has replaced already.
-    if old == f"return {value}":
-      value = name = new.rpartition("return ")[2]
-  code = "" if value == name else f"{name} = RETURNED\n"
-  code += f"if where is None and axis == ():\n  return {name}\n"
-  code += f"return jnp.sum({name}, axis=axis, where=where)"
-  return f"return {value}", code
+  return ast.unparse(last), (
+    "loss = RETURNED\nif where is None and axis == ():\n  return loss\n"
+    "return jnp.sum(loss, axis=axis, where=where)"
+  )
 
 
 def _with_method(text: str, name: str, method: str) -> str:

@@ -109,14 +109,20 @@ class _Replacer(cst.CSTTransformer):
       new[0] = matchers.replace(new[0], matchers.Name("RETURNED"), value)
     place = [i for i, node in enumerate(new) if _code(node).strip() == "..."]
     empty = [line for line in old.leading_lines if line.comment is None]
-    comments = [line for line in old.leading_lines if line.comment]
+    comments = [
+      line
+      for line in old.leading_lines
+      if line.comment and "bad-return" not in line.comment.value
+    ]
     if place:
       new[place[0]] = old.with_changes(
         leading_lines=[*new[place[0]].leading_lines, *comments]
       )
       comments = []
     elif new and isinstance(new[0], cst.SimpleStatementLine):
-      new[0] = new[0].with_changes(trailing_whitespace=old.trailing_whitespace)
+      if "bad-return" not in _code(old.trailing_whitespace):
+        end = old.trailing_whitespace
+        new[0] = new[0].with_changes(trailing_whitespace=end)
     if new:
       lines = [*empty, *comments, *new[0].leading_lines]
       new[0] = new[0].with_changes(leading_lines=lines)
