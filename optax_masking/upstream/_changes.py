@@ -70,7 +70,8 @@ def _read() -> tuple[list[Proposal], dict[str, Change], dict[str, str]]:
       names = value.split()
       for name in names:
         changes.setdefault(name, Change())
-      proposals[-1].losses += [n for n in names if n not in proposals[-1].losses]
+      known = proposals[-1].losses
+      known += [name for name in names if name not in known]
     elif key in ("helper", "class"):
       templates[key] = body.strip() + "\n"
     for change in map(changes.get, names):
@@ -108,7 +109,7 @@ def change_of(name: str) -> Change:
     if f"\ndef {name}(" in (text := path.read_text("utf-8"))
   )
   declared = {
-    keyword.arg: keyword.value.value
+    keyword.arg: float(ast.literal_eval(keyword.value))
     for decorator in wrapper.decorator_list
     if isinstance(decorator, ast.Call)
     for keyword in decorator.keywords

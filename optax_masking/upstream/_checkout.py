@@ -104,7 +104,8 @@ class Checkout:
         continue
       if obstacle := found.obstacle(name):
         raise EditError(f"{name} can't be staged: {obstacle}.")
-      found = found.staged([change_of(name).needs] * bool(change_of(name).needs))
+      if change_of(name).needs:
+        found = found.staged([change_of(name).needs])
       found = found._with_change(name)
     return found
 
@@ -170,7 +171,9 @@ class Checkout:
     given = ", ".join(["where", axis, *arrays])
     helper = self._canon(module, "CANON")
     line = f"  where = {helper}({given})"
-    return line if len(line) < 79 else f"  where = {helper}(\n      {given}\n  )"
+    if len(line) < 79:
+      return line
+    return f"  where = {helper}(\n      {given}\n  )"
 
   def with_rank_rule(self, names: Iterable[str]) -> "Checkout":
     """The checkout in which masks of lower rank have one entry a slice."""
@@ -265,7 +268,7 @@ def _sum(function: ast.FunctionDef) -> tuple[str, str]:
 
 def _with_method(text: str, name: str, method: str) -> str:
   """Adds a method to the class with the tests of a loss."""
-  start = text.index("class NtxentTest" if name == "ntxent" else "class CTCTest")
-  end = text.index("\n\n\n", start)
+  of_class = "class NtxentTest" if name == "ntxent" else "class CTCTest"
+  end = text.index("\n\n\n", text.index(of_class))
   method = _edits.with_quotes_of(text, method)
   return f"{text[:end]}\n\n{method.rstrip()}{text[end:]}"

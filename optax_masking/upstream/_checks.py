@@ -35,17 +35,18 @@ def verdict(name: str) -> str:
     return jax.jit(jax.value_and_grad(total))
 
   try:
-    results = [
-      jax.tree.leaves(of(optax.losses)([jnp.where(where, x, y) for x in floating]))
-      for y in (0.5, np.nan, np.inf, 3e38)
-    ]
+    results = []
+    for garbage in (0.5, np.nan, np.inf, 3e38):
+      poisoned = [jnp.where(where, x, garbage) for x in floating]
+      results.append(jax.tree.leaves(of(optax.losses)(poisoned)))
   except TypeError:
     return "takes no `where`"
   if np.isnan(np.concatenate(jax.tree.leaves(results), None)).any():
     return "NaN gradients"
   if any(np.where(where, 0, x).any() for x in results[0][1:]):
     return "masked elements have gradients"
-  if not all(map(np.array_equal, results[0] * 3, sum(results[1:], []))):
+  others = [x for result in results[1:] for x in result]
+  if not all(map(np.array_equal, results[0] * 3, others)):
     return "depends on masked elements"
   expected = of(optax_masking.losses)(floating) if row.compacts else results[0]
   for x, y in zip(results[0], jax.tree.leaves(expected), strict=True):

@@ -120,8 +120,8 @@ class _Replacer(cst.CSTTransformer):
       )
       comments = []
     elif new and isinstance(new[0], cst.SimpleStatementLine):
-      if "bad-return" not in _code(old.trailing_whitespace):
-        end = old.trailing_whitespace
+      end = old.trailing_whitespace
+      if "bad-return" not in _code(end):
         new[0] = new[0].with_changes(trailing_whitespace=end)
     if new:
       lines = [*empty, *comments, *new[0].leading_lines]

@@ -20,8 +20,11 @@ from optax_masking.upstream._checkout import Checkout
 from optax_masking.upstream._edits import EditError, wrapped
 
 _PACKAGE = pathlib.Path(__file__).parents[2]
-# Optax aligns a mask of lower rank with the last axis of their data.
+# In these a mask of lower rank is aligned with the last axis of the data, if it
+# is not one of examples.
 RANK_RULE = (
+  "softmax_cross_entropy",
+  "softmax_cross_entropy_with_integer_labels",
   "kl_divergence",
   "kl_divergence_with_log_targets",
   "generalized_kl_divergence",
@@ -31,8 +34,8 @@ RANK_RULE = (
   "smooth_labels",
 )
 _SELECTS = (
-  "To select from the result is not enough: in the backward pass 0 * nan is nan."
-  " Masked elements are replaced before anything is computed from them, by"
+  "To select from the result is not enough: in the backward pass 0 * nan is"
+  " nan. Masked elements are replaced before anything is computed from them, by"
   " numbers that add nothing. Their gradients are exactly 0, and so is the loss"
   " of what has nothing included. Without a mask the jaxpr is the same."
 )
@@ -40,12 +43,12 @@ _TEXTS = {
   "padding": "Padded frames are multiplied by 0, but 0 * nan is nan. Their"
   " logits are replaced by 0. All other results are the same, to the bit. It"
   " does not check the paddings, nor labels that are padding.",
-  "repair": f"{_SELECTS} It does not change the meaning of a mask of lower rank.",
+  "repair": f"{_SELECTS} The meaning of masks of lower rank does not change.",
   "where": f"{_SELECTS} `where` is boolean, with the rank of the data or one"
   " entry for each slice along the axis. It does not mask hyperparameters that"
   " are arrays.",
   "rank": "`softmax_cross_entropy` takes a mask of shape [B] for [B, C], and so"
-  " do these losses now. NumPy's rule, which aligns the mask with the last axis,"
+  " do these losses now. NumPy's rule, to align the mask with the last axis,"
   " fails for B != C, and for B == C silently masks classes. What changes: a"
   " mask of shape [C] is an error, or for B == C one of examples. Write"
   " `where[None]`. That is why it is a change of its own. It does not change"
@@ -149,7 +152,7 @@ def message(proposal: Proposal, before: str, after: str, patch: str) -> str:
   if proposal.is_rank_rule:
     title, kind = "Let a mask of lower rank have one entry a slice", "rank"
   elif "padded frames" in patch:
-    title, kind = "Keep padded frames out of gradients of the CTC loss", "padding"
+    title, kind = "Keep padded frames out of the gradients of CTC", "padding"
   names = ", ".join(f"`{n}`" for n in proposal.losses or RANK_RULE)
   example = f"```python\n{proposal.example}\n```"
   parts = [
