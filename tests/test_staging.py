@@ -333,7 +333,7 @@ def test_uncommitted_changes_are_not_edited(root, run):
   assert status == 2
   assert "_classification.py" in err
   assert file.read_text() == text
-  assert run("stage", root, "--all", "--branches")[0] == 2
+  assert run("stage", root, "--all", "--branches", "--force")[0] == 2
   assert run(*options, "--force")[0] == 0
   assert file.read_text().endswith("# Mine.\n")
   assert "jnp.where(where, targets, 1)" in file.read_text()
@@ -450,6 +450,9 @@ def test_branches(root, run):
     message = git(root, "log", "-1", "--format=%B", branch)
     assert len(message.splitlines()) <= 30
   assert git(root, "status", "--porcelain") == ""
+  status, _, err = run("stage", root, "--all", "--branches")
+  assert status == 2
+  assert "masks/cosine" in err
   git(root, "checkout", "--quiet", "masks/multiclass-sparsemax")
   staged = Checkout.at(root)
   chain = [n for p in PROPOSALS if not p.alone for n in p.losses]

@@ -116,7 +116,7 @@ def _run_stage(args: argparse.Namespace) -> int:
     raise UsageError("--except and --branches are for --all")
   checkout, proposals = _open(args.checkout)
   if args.branches:
-    _check_committed(checkout, ["optax/losses"], args.force)
+    _check_committed(checkout, ["optax/losses"])
     _make_branches(checkout, proposals, args.left_out)
     return 0
   after = _staged(checkout, proposals, args)
@@ -177,7 +177,8 @@ def _write_files(checkout: Any, changes: Any, force: bool) -> None:
       f"{checkout.root} is where Optax is installed. Stage a copy of it: the"
       " folder optax, in a folder of its own"
     )
-  _check_committed(checkout, changes, force)
+  if not force and (checkout.root / ".git").exists():
+    _check_committed(checkout, changes)
   try:
     for file, (_, new) in changes.items():
       (checkout.root / file).write_text(new, "utf-8")
@@ -192,12 +193,12 @@ def _write_files(checkout: Any, changes: Any, force: bool) -> None:
   )
 
 
-def _check_committed(checkout: Any, files: Iterable[str], force: bool) -> None:
-  if force or not (checkout.root / ".git").exists():
-    return
-  if changed := _git(checkout, "status", "--porcelain", "--", *files):
+def _check_committed(checkout: Any, files: Iterable[str]) -> None:
+  status = ("status", "--porcelain", "--untracked-files=no", "--")
+  if changed := _git(checkout, *status, *files):
     raise UsageError(
-      f"these files have uncommitted changes; commit them, or add --force:\n"
+      "these files have uncommitted changes; commit them, or let single losses"
+      " be staged in them with --force:\n"
       f"{changed}"
     )
 
@@ -222,6 +223,9 @@ def _make_branches(checkout: Any, proposals: Any, left_out: Any) -> None:
   rows = list(proposals.in_order(checkout, left_out))
   rows = [row for row in rows if row[3].changed(row[2])]
   names = [proposal for proposal, *_ in rows]
+  branches = [f"masks/{proposal.name}" for proposal in names]
+  if present := _git(checkout, "branch", "--list", *branches):
+    raise UsageError(f"there are branches of these names:\n{present}")
   final = functools.reduce(proposals.apply, names, checkout)
   was = proposals.print_examples(checkout, names)
   becomes = proposals.print_examples(final, names)
@@ -241,6 +245,5 @@ def _make_branches(checkout: Any, proposals: Any, left_out: Any) -> None:
       )
       command = ("commit-tree", tree, "-p", parent)
       commits[proposal.name] = _git(checkout, *command, text=text)
-      branch = f"masks/{proposal.name}"
-      _git(checkout, "branch", branch, commits[proposal.name])
-      print(branch + (f" on masks/{base.name}" if base else ""))
+      _git(checkout, "branch", branches[i], commits[proposal.name])
+      print(branches[i] + (f" on masks/{base.name}" if base else ""))
