@@ -113,55 +113,62 @@ class Checkout:
     """Makes the change of one loss."""
     row, change, module = ROWS[name], change_of(name), self.module_of(name)
     text, function = self.texts[module], self.function(name)
-    names = [p.arg for p in _edits.parameters(function)]
-    optional = "Union[{}, None]"
-    if "Union" not in text.partition("\n\n\n")[0]:
-      optional = "Optional[{}]"
-    new = {}
-    if row.elementwise and "axis" not in names:
-      new["axis"] = f"{optional.format('int, tuple[int, ...]')} = ()"
-    if "where" not in names and not row.output_of and row.compacts:
-      new["where"] = f"{optional.format('jax.typing.ArrayLike')} = None"
-    axis = "axis" if "axis" in {*names, *new} else "-1"
+    present = {p.arg for p in _edits.parameters(function)}
     edits = [(old, self._canon(module, code)) for old, code in change.edits]
     if change.fills:
-      lines = ["if where is not None:"]
-      if "where" in new:
-        lines += self._call(module, name, axis).splitlines()
-      comment = _edits.wrapped(change.reason, "    # ")
-      lines += [line[2:] for line in comment.splitlines()]
-      for argument, fill in change.fills.items():
-        number = int(fill) if fill == int(fill) else fill
-        lines.append(f"  {argument} = jnp.where(where, {argument}, {number})")
-      first = _edits.first_statement(function)
-      edits.append((first, "\n".join([*lines, "..."])))
+      code = "\n".join([*self._fills(module, name, present), "..."])
+      edits.append((_edits.first_statement(function), code))
     if row.elementwise and "axis=axis" not in str(edits):
       edits.append(_sum(function))
     text = _edits.replace(text, name, edits)
+
+    union = "Union" in text.partition("\n\n\n")[0]
+    mask = "jax.typing.ArrayLike"
+    mask = f"Union[{mask}, None]" if union else f"Optional[{mask}]"
+    new, entries = {}, {}
+    if row.elementwise and "axis" not in present:
+      new["axis"] = "Union[int, tuple[int, ...], None] = ()"
+      entries["axis"] = _AXIS_ENTRY
+    if "where" not in present and row.compacts:
+      new["where"] = f"{mask} = None"
+      last = "CANON(where, -1" in str(change.edits)
+      has_axis = "axis" in present | {*new} and not last
+      without = "``axis``" if has_axis else "the last axis"
+      entries["where"] = _WHERE_ENTRY.format(without)
+    note = f"{_NOTE} {'masked elements' if row.compacts else 'padded frames'}."
     if new:
       text = _edits.add_parameters(text, name, new)
-      if "Optional" in str(new) and "import Optional" not in text:
+      if not union and "import Optional" not in text:
         typing = "from typing import Optional\n\n"
         text = text.replace("import jax\n", f"{typing}import jax\n", 1)
-    entries = {"axis": _AXIS_ENTRY} if "axis" in new else {}
-    if "where" in new:
-      last = f"{_HELPER}(where, -1" in self._canon(module, str(change.edits))
-      without = "the last axis" if last else "``axis``"
-      entries["where"] = _WHERE_ENTRY.format(without)
-    added = "``axis`` and ``where`` arguments"
-    added = added if len(new) > 1 else "the ``where`` argument"
-    note = f"{_NOTE} {'masked elements' if row.compacts else 'padded frames'}."
-    note = f"Added {added}. {note}" if new else note
+      both = "``axis`` and ``where`` arguments"
+      note = (
+        f"Added {both if 'axis' in new else 'the ``where`` argument'}. {note}"
+      )
     note = f"{note} {change.note}".rstrip()
     text = _edits.edit_docstring(text, name, entries, self.version, note)
     found = self._with(module, text)
     return found._with_helper(module)._with_test(module, name)
 
+  def _fills(self, module: str, name: str, present: set[str]) -> list[str]:
+    """The statements that replace masked elements by numbers."""
+    change, row = change_of(name), ROWS[name]
+    lines = ["if where is not None:"]
+    if "where" not in present:
+      has_axis = row.elementwise or "axis" in present
+      lines += self._call(module, name, "axis" if has_axis else "-1")
+    comment = _edits.wrapped(change.reason, "    # ")
+    lines += [line[2:] for line in comment.splitlines()]
+    for argument, fill in change.fills.items():
+      number = int(fill) if fill == int(fill) else fill
+      lines.append(f"  {argument} = jnp.where(where, {argument}, {number})")
+    return lines
+
   def _canon(self, module: str, code: str) -> str:
     home = "" if module == _HOME else f"{_HOME}."
     return code.replace("CANON", f"{home}{_HELPER}")
 
-  def _call(self, module: str, name: str, axis: str) -> str:
+  def _call(self, module: str, name: str, axis: str) -> list[str]:
     """A call of the helper, with the arguments that a mask fits."""
     row = ROWS[name]
     parameters = _edits.parameters(self.function(name))[: len(row.data)]
@@ -172,8 +179,8 @@ class Checkout:
     helper = self._canon(module, "CANON")
     line = f"  where = {helper}({given})"
     if len(line) < 79:
-      return line
-    return f"  where = {helper}(\n      {given}\n  )"
+      return [line]
+    return [f"  where = {helper}(", f"      {given}", "  )"]
 
   def with_rank_rule(self, names: Iterable[str]) -> "Checkout":
     """The checkout in which masks of lower rank have one entry a slice."""
@@ -182,7 +189,8 @@ class Checkout:
       if found.is_staged(name, _RANK_NOTE):
         continue
       module = found.module_of(name)
-      code = f"if where is not None:\n{found._call(module, name, 'axis')}\n..."
+      call = found._call(module, name, "axis")
+      code = "\n".join(["if where is not None:", *call, "..."])
       edit = (_edits.first_statement(found.function(name)), code)
       text = _edits.replace(found.texts[module], name, [edit])
       text = _edits.edit_docstring(text, name, {}, found.version, _RANK_NOTE)
