@@ -189,7 +189,7 @@ def test_staged(name, pristine):
     program = _checks.program(name)
   with in_place(staged):
     assert _checks.verdict(name) == "no finding"
-    if name in ("ctc_loss_with_forward_probs"):
+    if name == "ctc_loss_with_forward_probs":
       assert "select_n" in _checks.program(name)
     else:
       assert _checks.program(name) == program

@@ -10,6 +10,10 @@ from optax_masking.losses._table import ROWS
 from optax_masking.upstream._edits import functions
 
 _HERE = pathlib.Path(__file__).parent
+_EXAMPLE = """\
+x, y = jnp.array([0.5, jnp.nan]), jnp.array([1.0, 0.0])
+loss = lambda x: jnp.sum(optax.losses.{}(x, y, where=~jnp.isnan(x)))
+print(jax.value_and_grad(loss)(x))"""
 
 
 @dataclasses.dataclass
@@ -44,7 +48,7 @@ class Proposal:
   repairs: str = (
     "Padding can be left out. A `where` around the loss keeps NaN gradients."
   )
-  issues: str = ""
+  issues: str = "#902"
   example: str = ""
   alone: bool = False
 
@@ -84,6 +88,9 @@ def _read() -> tuple[list[Proposal], dict[str, Change], dict[str, str]]:
         change.reason = body.strip()
       elif key in ("needs", "note", "obstacle", "test"):
         setattr(change, key, value or body.rstrip())
+  for proposal in proposals:
+    if not proposal.example:
+      proposal.example = _EXAMPLE.format(proposal.losses[0])
   return proposals, changes, templates
 
 

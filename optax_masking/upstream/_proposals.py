@@ -161,7 +161,7 @@ def message(proposal: Proposal, before: str, after: str, patch: str) -> str:
     f"{example}\nBefore:\n```\n{before}\n```\nAfter:\n```\n{after}\n```",
     wrapped(_TEXTS[kind], "")
     + f"Lines, with tests: {count_lines(patch)}."
-    + f" Related to {proposal.issues}." * bool(proposal.issues),
+    + f" Related to {proposal.issues}." * (proposal.issues != "none"),
   ]
   return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
@@ -177,7 +177,7 @@ def status(checkout: Checkout) -> str:
   for number, (proposal, base, before, after) in enumerate(rows, 1):
     facts = [count_lines(after.patch(before)) + " lines with tests"]
     facts += [f"on top of {base.name}"] if base else []
-    facts += [proposal.issues] if proposal.issues else []
+    facts += [proposal.issues] if proposal.issues != "none" else []
     lines.append(f"\n{number:2}. {proposal.name}: {', '.join(facts)}")
     lines.append(f"    {proposal.repairs}")
     for name in proposal.losses:
