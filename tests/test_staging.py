@@ -415,7 +415,10 @@ def test_rank_rule(root, run):
   ("options", "words"),
   [
     (("--loss", "ctc_loss"), ("padded frames", "nan", "Lines, with tests: +")),
-    (("--loss", "hinge_loss"), ("Add `where`", "TypeError", "#902")),
+    (
+      ("--loss", "hinge_loss"),
+      ("Add where to hinge_loss", "TypeError", "#902"),
+    ),
     (("--rank-rule",), ("one entry a slice", "`where[None]`")),
   ],
 )

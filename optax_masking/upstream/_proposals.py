@@ -145,10 +145,12 @@ def print_examples(
 
 def message(proposal: Proposal, before: str, after: str, patch: str) -> str:
   """The title and, in Markdown, the text of a pull request."""
-  title = f"Keep masked elements out of gradients: {proposal.name}"
-  kind = "where" if "\n+    where: " in patch else "repair"
-  if kind == "where":
-    title = f"Add `where`: {proposal.name}"
+  subject = " and ".join(proposal.losses)
+  if len(proposal.losses) > 2:
+    subject = f"losses: {proposal.name}"
+  title, kind = f"Keep masked elements out of gradients of {subject}", "repair"
+  if "\n+    where: " in patch or "\n+      where: " in patch:
+    title, kind = f"Add where to {subject}", "where"
   if proposal.is_rank_rule:
     title, kind = "Let a mask of lower rank have one entry a slice", "rank"
   elif "padded frames" in patch:
