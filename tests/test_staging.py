@@ -50,8 +50,8 @@ KINDS = (
   "ctc_loss_with_forward_probs",
   "kl_divergence",
   "cosine_distance",
-  "softmax_cross_entropy_with_integer_labels",
-  "sigmoid_focal_loss",
+  "softmax_cross_entropy",
+  "hinge_loss",
   "smooth_labels",
 )
 each_loss = pytest.mark.parametrize(
