@@ -56,7 +56,7 @@ def test_readme_file_of_tests(tmp_path):
   (text,) = re.findall(r"```python\n(# test_masks.py\n.*?)```", README, re.S)
   masked = "jnp.where(where, predictions - targets, 0)"
   assert masked in text
-  wrong = text.replace(masked, "(predictions - targets) * where")
+  wrong = text.replace(masked, "predictions - targets")
   (tmp_path / "test_masks.py").write_text(text)
   (tmp_path / "test_wrong.py").write_text(wrong)
   command = [sys.executable, "-m", "pytest", "-rA", "--tb=line"]
