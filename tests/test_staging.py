@@ -432,6 +432,7 @@ def test_message(root, run, options, words):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_branches(root, run):
   """Each branch has one commit more than the one that it is on."""
   with mock.patch.dict(

@@ -29,7 +29,7 @@ def json_text(audit: Audit) -> str:
         nothing was to be tried.
       untried: The clauses that could not be tried, each with the reason.
       notes: Remarks on what is no fault of the mask, a list.
-      strict: Whether a clause that was not tried, or a serious note, is a failure.
+      strict: Whether a clause that was not tried, or a serious note, fails.
       serious: Whether a note is serious.
       findings: What breaks the contract, a list. Of each finding, null where
         it does not apply:
