@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from optax_masking.testing import _trace
 from optax_masking.testing._events import Event, Tried
 from optax_masking.testing._masks import evenly_spaced
 from optax_masking.testing._poisons import Poisoning
@@ -62,9 +63,8 @@ def _as_without_mask(
         f"the loss is {first_not_finite(got)}; without a mask it is"
         f" {first_not_finite(expected)}."
       )
-      yield _dishonest(
-        run, poisoning, element, text, got, first_not_finite(expected)
-      )
+      expected = first_not_finite(expected)
+      yield _dishonest(run, (element, poisoning), text, got, expected)
 
 
 def _nan_comes_out(
@@ -75,7 +75,7 @@ def _nan_comes_out(
   A comparison that is False for NaN is no attempt to hide it.
   """
   yield Tried("honesty")
-  if run.jaxpr is not None and argument not in run.looked_at_for_nan:
+  if run.jaxpr is not None and argument not in run.remember(_looked_at):
     return
   poisoning = _poisoning(run, mask, argument, np.nan)
   data = [poisoning.data(run, e) for e in elements]
@@ -87,7 +87,12 @@ def _nan_comes_out(
     dropped_without_mask = plain is not None and not np.isnan(plain[k]).any()
     if not np.isnan(got).any() and not dropped_without_mask:
       text = "no entry of the loss is NaN."
-      yield _dishonest(run, poisoning, element, text, got, "nan")
+      yield _dishonest(run, (element, poisoning), text, got, "nan")
+
+
+def _looked_at(run: Run) -> set[int]:
+  """The arguments of which the program asks whether they are NaN."""
+  return _trace.flow(run.jaxpr).looked_at_for_nan
 
 
 def _poisoning(run: Run, mask: str, argument: int, poison: float) -> Poisoning:
@@ -102,12 +107,12 @@ def _losses(run: Run, mask: str, data: Sequence[Values]) -> np.ndarray:
 
 def _dishonest(
   run: Run,
-  poisoning: Poisoning,
-  element: tuple[int, ...],
+  case: tuple[tuple[int, ...], Poisoning],
   text: str,
   got: np.ndarray,
   expected: str,
 ) -> Event:
+  element, poisoning = case
   name = run.problem.arguments[poisoning.argument].name
   facts = {
     "message": (

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from optax_masking.testing._events import Event, Note
+from optax_masking.testing._poisons import inputs
 from optax_masking.testing._problem import SHARED_NAMES
 from optax_masking.testing._run import Run, first_index, number
 
@@ -68,7 +69,7 @@ def unmasked_arrays(run: Run) -> Iterator[Event]:
 
 def unpoisoned_inputs(run: Run) -> Iterator[Event]:
   """Notes the inputs of a model, which are not poisoned."""
-  for i in sorted(run.inputs):
+  for i in sorted(run.remember(inputs)):
     a = run.problem.arguments[i]
     yield Note(
       f"`{a.name}` indexes a table that all examples share, as tokens do, so"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from optax_masking.testing import _trace
 from optax_masking.testing._run import Run
 
 
@@ -34,6 +35,26 @@ class Poisoning:
     return values
 
 
+def inputs(run: Run) -> frozenset[int]:
+  """Integers that look up rows of a shared table, as tokens do.
+
+  A mask of tokens is one of their losses: a prompt is masked, and read.
+  """
+  arguments = run.problem.arguments
+  found = {
+    i
+    for i, a in enumerate(arguments)
+    if a.integer
+    and a.maskable
+    and not run.problem.options.axes_of(a.name)[0]
+    and not a.is_label
+  }
+  if not found or run.jaxpr is None:
+    return frozenset()
+  shared = {i for i, a in enumerate(arguments) if not a.maskable}
+  return frozenset(found & _trace.flow(run.jaxpr, shared).indices)
+
+
 def poisonings(run: Run, mask: str) -> Iterator[Poisoning]:
   """Each argument with something masked, and each poison for it."""
   problem = run.problem
@@ -41,7 +62,7 @@ def poisonings(run: Run, mask: str) -> Iterator[Poisoning]:
   for i, a in enumerate(problem.arguments):
     if i in problem.call.sources:
       continue  # Its values are the mask.
-    if i in run.inputs:
+    if i in run.remember(inputs):
       continue  # A model reads tokens that are masked, too.
     if problem.masked(run.masks[mask], i).any():
       for name, value in _poisons(a.value.dtype, classes).items():

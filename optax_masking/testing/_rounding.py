@@ -8,6 +8,7 @@ import numpy as np
 
 from optax_masking.testing._blame import blame
 from optax_masking.testing._events import Event, Tried
+from optax_masking.testing._masks import few_of_each_kind
 from optax_masking.testing._program import Quantity
 from optax_masking.testing._run import Run, Values, first_index, number
 
@@ -44,7 +45,7 @@ def _find_size(run: Run, quantity: Quantity) -> float:
     return float(np.abs(x[np.isfinite(x)]).max(initial=0))
 
   position = run.quantities.index(quantity)
-  own = max(largest(position), run.noise[position] / run.epsilon)
+  own = max(largest(position), run.remember(_noise)[position] / run.epsilon)
   if quantity.derivative not in ("value", "vjp"):
     return own
   loss = largest(0)
@@ -59,6 +60,34 @@ def _find_size(run: Run, quantity: Quantity) -> float:
     return max(own, loss)
   data = np.abs(np.asarray(values[quantity.wrt], "float64")).max(initial=0)
   return max(own, loss / data) if data else own
+
+
+def _noise(run: Run) -> list[float]:
+  """How much the last bits of the data change the numbers of each quantity.
+
+  Half of the numbers change by more: those at a kink change by far more. What
+  is 0 but for rounding has noise of a size that its numbers do not show.
+  """
+  rng = np.random.default_rng(2)
+  rows, clean = [], []
+  for mask in few_of_each_kind(run.masks, 1):
+    for _ in range(2):
+      values = list(run.values_of(mask))
+      for i in run.problem.floats:
+        if i not in run.problem.call.sources:
+          x = values[i]
+          bits = 2 * float(jnp.finfo(x.dtype).eps)
+          factor = 1 + bits * rng.choice((-1, 1), x.shape)
+          values[i] = (x * factor).astype(x.dtype)
+      rows.append((values, run.tangents, run.masks[mask]))
+      clean.append(run.clean[mask])
+  changes = []
+  for results, *before in zip(run.evaluate(rows), *clean, strict=True):
+    change = np.abs(results.astype("float64") - np.stack(before))
+    change = change.reshape(len(rows), -1).max(0, initial=0)
+    finite = change[np.isfinite(change)]
+    changes.append(float(np.median(finite)) if finite.size else 0.0)
+  return changes
 
 
 def agree(

@@ -12,7 +12,7 @@ import numpy as np
 
 from optax_masking.testing import _trace
 from optax_masking.testing._events import Broken
-from optax_masking.testing._masks import few_of_each_kind, make_masks
+from optax_masking.testing._masks import make_masks
 from optax_masking.testing._options import Axes
 from optax_masking.testing._problem import LARGE, Problem
 from optax_masking.testing._program import (
@@ -98,7 +98,7 @@ class Run:
     return {
       name: where
       for name, where in self.possible_masks.items()
-      if self.problem.values_for(where) is not None
+      if self.remember(_values_for, name) is not None
     }
 
   @functools.cached_property
@@ -150,44 +150,11 @@ class Run:
       return next(iter(self.clean.values()))
     return self.evaluate_one(self.all_included, self.everything)
 
-  @functools.cached_property
-  def noise(self) -> list[float]:
-    """How much the last bits of the data change the numbers of each quantity.
-
-    Half of the numbers change by more: those at a kink change by far more. What
-    is 0 but for rounding has noise of a size that its numbers do not show.
-    """
-    rng = np.random.default_rng(2)
-    rows, clean = [], []
-    for mask in few_of_each_kind(self.masks, 1):
-      for _ in range(2):
-        values = list(self.values_of(mask))
-        for i in self.problem.floats:
-          if i not in self.problem.call.sources:
-            bits = 2 * float(jnp.finfo(values[i].dtype).eps)
-            factor = 1 + bits * rng.choice((-1, 1), values[i].shape)
-            values[i] = (values[i] * factor).astype(values[i].dtype)
-        rows.append((values, self.tangents, self.masks[mask]))
-        clean.append(self.clean[mask])
-    changes = []
-    for results, *before in zip(self.evaluate(rows), *clean, strict=True):
-      change = np.abs(results.astype("float64") - np.stack(before))
-      change = change.reshape(len(rows), -1).max(0, initial=0)
-      finite = change[np.isfinite(change)]
-      changes.append(float(np.median(finite)) if finite.size else 0.0)
-    return changes
-
-  @functools.cached_property
-  def _values_of(self) -> dict[str, list[np.ndarray]]:
-    return {}
-
   def values_of(self, mask: str) -> list[np.ndarray]:
     """The clean data with which the loss has a mask."""
-    if mask not in self._values_of:
-      values = self.problem.values_for(self.masks[mask])
-      assert values is not None
-      self._values_of[mask] = values
-    return self._values_of[mask]
+    values = self.remember(_values_for, mask)
+    assert values is not None
+    return values
 
   # The value and the gradients alone, without a mask or of data of other sizes.
 
@@ -255,30 +222,6 @@ class Run:
   @functools.cached_property
   def _memory(self) -> dict[Any, Any]:
     return {}
-
-  @functools.cached_property
-  def inputs(self) -> frozenset[int]:
-    """Integers that look up rows of a shared table, as tokens do.
-
-    A mask of tokens is one of their losses: a prompt is masked, and read.
-    """
-    inputs = {
-      i
-      for i, a in enumerate(self.problem.arguments)
-      if a.integer
-      and a.maskable
-      and not self.problem.options.axes_of(a.name)[0]
-      and not a.is_label
-    }
-    if not inputs or self.jaxpr is None:
-      return frozenset()
-    shared = {i for i, a in enumerate(self.problem.arguments) if not a.maskable}
-    return frozenset(inputs & _trace.flow(self.jaxpr, shared).indices)
-
-  @functools.cached_property
-  def looked_at_for_nan(self) -> frozenset[int]:
-    """Arguments of which the program asks whether they are NaN."""
-    return frozenset(_trace.flow(self.jaxpr).looked_at_for_nan)
 
   # The program, operation by operation.
 
@@ -385,6 +328,10 @@ class Run:
     if self.result_axes is None:
       return np.broadcast_to(where.any(), self.result.shape)
     return self.problem.included(where, self.result.shape, self.result_axes)
+
+
+def _values_for(run: Run, mask: str) -> list[np.ndarray] | None:
+  return run.problem.values_for(run.possible_masks[mask])
 
 
 def number(x: Any) -> str:
