@@ -347,13 +347,23 @@ def next_token_of_each_sequence(logits, tokens, where):
 @correct(
   (LOGITS, np.where(mask("0111", "0011", "0110"), LABELS, -100)),
   lambda labels: np.pad(labels[:, 1:] != -100, ((0, 0), (0, 1))),
-  untried=("compaction",),
 )
 def next_token_after_a_prompt(logits, labels):
   """The mask is that of the labels, shifted by one."""
   labels = labels[:, 1:]
   m = labels != -100
   return mean_of(cross_entropies(logits[:, :-1], labels, m), m)
+
+
+@correct(
+  (LOGITS, MARKED),
+  lambda labels: (labels != -100).astype("float32"),
+  numeric_where=True,
+)
+def derived_mask_in_numbers(logits, labels):
+  """The mask that is derived has zeros and ones."""
+  m = labels != -100
+  return mean_of(cross_entropies(logits, labels, m), m)
 
 
 # Correct: random numbers. They depend on the shape of the data.

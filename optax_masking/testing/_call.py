@@ -386,7 +386,7 @@ def _find_switches(call: Call, source: int) -> _Switches | None:
   def mask_of(x):
     arrays = list(call.arrays)
     arrays[source] = x
-    return np.asarray(call.derived(arrays))
+    return np.asarray(call.derived(arrays)) != 0
 
   for off in [*np.unique(given[given == given]).tolist()[:16], np.nan]:
     is_off = (given == off) if off == off else (given != given)
