@@ -107,8 +107,10 @@ def _may_be_removed(run: Run, mask: str, axis: int) -> bool:
   """
   if run.all_included is None or role(run, axis) is not None:
     return True
-  where = run.masks[mask]
-  meant = mask == "as given" or mask in padded(run.problem.where)
+  given, where = run.problem.where, run.masks[mask]
+  if (np.diff(given.astype(int), axis=axis) > 0).any():
+    return True  # The given mask has holes, too.
+  meant = mask == "as given" or mask in padded(given)
   return meant and bool((np.diff(where.astype(int), axis=axis) <= 0).all())
 
 
