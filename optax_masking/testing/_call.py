@@ -297,8 +297,9 @@ class Call:
         labels[i] = x
       if (x := _with_lengths(arrays[i], where)) is not None:
         lengths[i] = x
-    chosen = {} if self._switches is None else self._switches.set_to(where)
-    for changes in ({}, labels, lengths, {**lengths, **labels}, chosen):
+    for changes in ({}, labels, lengths, {**lengths, **labels}, None):
+      if changes is None:  # To find the switches takes long.
+        changes = self._switches.set_to(where) if self._switches else {}
       replaced = [changes.get(i, x) for i, x in enumerate(arrays)]
       if self.derives(replaced, where):
         return replaced
@@ -311,7 +312,7 @@ class Call:
     A mask of shifted labels never has the last elements.
     """
     where = np.ones(self.where.shape, bool)
-    if self._switches is None or self.arrays_for(self.arrays, where):
+    if self.arrays_for(self.arrays, where) or self._switches is None:
       return where
     return self._switches.most
 

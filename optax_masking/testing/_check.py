@@ -1,7 +1,6 @@
 """Checks a loss on the data of one dtype, clause by clause."""
 
 import functools
-import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -42,6 +41,7 @@ from optax_masking.testing._problem import (
 from optax_masking.testing._program import DERIVATIVE_OF, PARTS, program
 from optax_masking.testing._report import CLAUSES, Finding
 from optax_masking.testing._run import Run, error_line, listed
+from optax_masking.testing._trace import GUARD, LIBRARIES
 from optax_masking.testing._transforms import (
   in_python,
   refusal,
@@ -49,8 +49,6 @@ from optax_masking.testing._transforms import (
   vmapped,
 )
 
-_GUARD = os.path.dirname(__file__) + os.sep
-_LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (jax, np))
 _CHECKS = (
   zeros,
   directions,
@@ -88,8 +86,8 @@ def _is_of_the_loss(error: BaseException) -> bool:
   if isinstance(error, jax.errors.JaxRuntimeError):  # By way of a callback.
     return True
   frames = [f.filename for f in traceback.extract_tb(error.__traceback__)]
-  last = max(i for i, file in enumerate(frames) if file.startswith(_GUARD))
-  return any(not file.startswith(_LIBRARIES) for file in frames[last + 1 :])
+  last = max(i for i, file in enumerate(frames) if file.startswith(GUARD))
+  return any(not file.startswith(LIBRARIES) for file in frames[last + 1 :])
 
 
 def _raised(run: Run, error: BaseException) -> Event:

@@ -115,28 +115,17 @@ def _zero_gradient(result: _Result, argument: int) -> Iterator[Event]:
 def _empty(result: _Result, region: np.ndarray) -> Iterator[Event]:
   """Clause 4, but for a term of the parameters alone, such as a decay."""
   run, mask, got = result.run, result.mask, result.got
-  of_parameters = {
-    run.problem.arguments[q.wrt].name: g
-    for q, g in zip(run.quantities, run.clean[mask], strict=True)
-    if q.part == "vjp"
-    and q.wrt is not None
-    and not run.problem.arguments[q.wrt].maskable
-  }
+  clean = run.clean[mask]
+  of_parameters = dict(_gradients(run, clean, maskable=False))
   names = [name for name, g in of_parameters.items() if g.any()]
-  of_data = any(
-    g.any()
-    for q, g in zip(run.quantities, run.clean[mask], strict=True)
-    if q.part == "vjp"
-    and q.wrt is not None
-    and run.problem.arguments[q.wrt].maskable
-  )
+  of_data = any(g.any() for _, g in _gradients(run, clean, maskable=True))
   finite = all(np.isfinite(x).all() for x in (got, *of_parameters.values()))
   if (
     not names
     or of_data
     or not finite
     or run.masks[mask].any()
-    or _is_of_zeros(run, run.clean[mask][0])
+    or run.remember(_is_of_zeros, mask)
   ):
     yield from result.zero("empty", region, "with nothing included")
     return
@@ -149,8 +138,19 @@ def _empty(result: _Result, region: np.ndarray) -> Iterator[Event]:
     )
 
 
-def _is_of_zeros(run: Run, got: np.ndarray) -> bool:
-  """Whether a loss is that of data of zeros, all of which count.
+def _gradients(
+  run: Run, results: Results, maskable: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+  """The gradients with respect to data or to what all examples share."""
+  for quantity, got in zip(run.quantities, results, strict=True):
+    if quantity.part == "vjp" and quantity.wrt is not None:
+      a = run.problem.arguments[quantity.wrt]
+      if a.maskable == maskable:
+        yield a.name, got
+
+
+def _is_of_zeros(run: Run, mask: str) -> bool:
+  """Whether the loss under a mask is that of data of zeros, all of which count.
 
   So is the loss of a batch that is never empty. The gradient shows that the
   loss of zeros is more than a term of the parameters.
@@ -163,12 +163,9 @@ def _is_of_zeros(run: Run, got: np.ndarray) -> bool:
   if values is None:
     return False
   results = run.evaluate_one(values, run.everything)
+  got = run.clean[mask][0]
   return not differ(run, got, results[0], run.quantities[0]).any() and any(
-    x.any()
-    for q, x in zip(run.quantities, results, strict=True)
-    if q.part == "vjp"
-    and q.wrt is not None
-    and run.problem.arguments[q.wrt].maskable
+    g.any() for _, g in _gradients(run, results, maskable=True)
   )
 
 

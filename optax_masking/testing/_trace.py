@@ -66,8 +66,8 @@ _ELEMENTWISE = (
 _NOTHING = contextlib.nullcontext()
 # Longer loops are one operation.
 _LENGTH = 64
-_GUARD = os.path.dirname(__file__) + os.sep
-_LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (jax, np))
+GUARD = os.path.dirname(__file__) + os.sep
+LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (jax, np))
 _LOSSES = (
   os.path.dirname(optax.__file__) + os.sep,
   os.path.dirname(os.path.dirname(__file__)) + os.sep,
@@ -267,7 +267,7 @@ def _inner(eqn: Any, values: list[Value]) -> tuple[Any, list[Value]] | None:
 def _is_of_a_library(jaxpr: Any) -> bool:
   info = getattr(jaxpr, "debug_info", None)
   written = str(getattr(info, "func_src_info", "") or "")
-  return any(library in written for library in _LIBRARIES)
+  return any(library in written for library in LIBRARIES)
 
 
 def floating(value: Value) -> np.ndarray | None:
@@ -328,9 +328,9 @@ def source(step: Step) -> tuple[str | None, str | None]:
   """The line that made a step, in the code of the user, and its text."""
   frames = []
   for frame in getattr(step.traceback, "frames", ()):
-    if frame.file_name.startswith(_GUARD):
+    if frame.file_name.startswith(GUARD):
       break
-    if not frame.file_name.startswith(_LIBRARIES):
+    if not frame.file_name.startswith(LIBRARIES):
       frames.append(frame)
   if not frames:
     return None, None
