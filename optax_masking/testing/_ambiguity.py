@@ -1,14 +1,15 @@
 """Arrays whose axes may be several of the mask's, which have the same size."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
 from optax_masking.testing._options import Axes
-from optax_masking.testing._problem import Problem
-from optax_masking.testing._rounding import differ
+from optax_masking.testing._problem import Argument, Problem
+from optax_masking.testing._rounding import differ, other_data
 from optax_masking.testing._run import Run
 
 
@@ -52,15 +53,18 @@ def _explains(run: Run, axes: Axes) -> bool:
   if run.all_included is None:
     return False
   for position, axis in enumerate(axes):
-    values = list(run.all_included)
-    for i in run.problem.floats:
-      own = run.problem.arguments[i].axes
-      if run.problem.arguments[i].maskable and axis in own:
-        x = np.moveaxis(np.array(values[i]), own.index(axis), 0)
-        x[0] *= x.dtype.type(1.25)
-        values[i] = np.moveaxis(x, 0, own.index(axis))
+    values = other_data(run, functools.partial(_first_of, axis))
     got = run.evaluate_one(values, run.everything)[0]
     changed = differ(run, got, run.usual[0], run.quantities[0])
     if np.moveaxis(changed, position, 0)[1:].any():
       return False
   return True
+
+
+def _first_of(axis: int | None, argument: Argument) -> np.ndarray | None:
+  """The first slice of an argument along an axis, None without this axis."""
+  if axis not in argument.axes:
+    return None
+  chosen = np.zeros(argument.value.shape, bool)
+  np.moveaxis(chosen, argument.axes.index(axis), 0)[0] = True
+  return chosen

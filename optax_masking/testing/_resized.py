@@ -11,7 +11,7 @@ from optax_masking.testing._labels import role
 from optax_masking.testing._masks import padded
 from optax_masking.testing._options import Axes
 from optax_masking.testing._problem import Argument
-from optax_masking.testing._rounding import differ
+from optax_masking.testing._rounding import differ, other_data
 from optax_masking.testing._run import Run
 
 Take = Callable[[np.ndarray], np.ndarray]
@@ -273,16 +273,8 @@ def _changes_itself(run: Run, axis: int, index: int) -> bool:
 
   The data have to change, since a derivative may be stopped.
   """
-  assert run.all_included is not None
   arguments = run.problem.arguments
-  rng = np.random.default_rng(3)
-  values = list(run.all_included)
-  for f in run.problem.floats:
-    x = values[f]
-    if arguments[f].maskable:
-      chosen = _slice(arguments[f].axes, x.shape, axis, index)
-      other = x * rng.uniform(0.1, 4, x.shape)
-      values[f] = np.where(chosen, other, x).astype(x.dtype)
+  values = other_data(run, lambda a: _slice(a.axes, a.value.shape, axis, index))
   results = run.evaluate_one(values, run.everything)
   known = False
   for quantity, got, usual in zip(

@@ -9,6 +9,7 @@ import numpy as np
 from optax_masking.testing._blame import blame
 from optax_masking.testing._events import Event, Tried
 from optax_masking.testing._masks import few_of_each_kind
+from optax_masking.testing._problem import Argument
 from optax_masking.testing._program import Quantity
 from optax_masking.testing._run import Run, Values, first_index, number
 
@@ -166,3 +167,24 @@ def nearby_for(run: Run, where: np.ndarray) -> Values:
   ]
   values = run.problem.call.arrays_for(moved, where)
   return moved if values is None else values
+
+
+def other_data(
+  run: Run, chosen: Callable[[Argument], np.ndarray | None]
+) -> list[np.ndarray]:
+  """The data with everything included, with other numbers in a part of them.
+
+  Args:
+    run: The run.
+    chosen: Tells the elements of a masked argument to replace.
+  """
+  assert run.all_included is not None
+  rng = np.random.default_rng(3)
+  values = list(run.all_included)
+  for f in run.problem.floats:
+    a, x = run.problem.arguments[f], values[f]
+    replaced = chosen(a) if a.maskable else None
+    if replaced is not None:
+      other = x * rng.uniform(0.1, 4, x.shape)
+      values[f] = np.where(replaced, other, x).astype(x.dtype)
+  return values
