@@ -155,7 +155,9 @@ def _staged(checkout: Any, proposals: Any, args: argparse.Namespace) -> Any:
 
 
 def _message(checkout: Any, after: Any, proposals: Any, args: Any) -> str:
-  names = {ROWS[n].alias_of or ROWS[n].output_of or n for n in args.loss}
+  from optax_masking.upstream._changes import real_name  # It needs LibCST.
+
+  names = set(map(real_name, args.loss))
   found = [p for p in proposals.PROPOSALS if names & {*p.losses}]
   if args.rank_rule:
     found = [proposals.PROPOSALS[-1]]
