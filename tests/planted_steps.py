@@ -995,3 +995,85 @@ def mask_of_labels_and_lengths(batch):
   m = (batch["labels"] >= 0) & (jnp.arange(4) < batch["length"][:, None])
   x = jnp.where(m, batch["x"], 0)
   return jnp.sum(jnp.where(m, (x - jnp.where(m, batch["labels"], 0)) ** 2, 0))
+
+
+# What a second review found.
+
+
+_ATTENTION = {
+  **{f"w_{name}": normal(60 + i, 4, 2) / 2 for i, name in enumerate("qkv")},
+  **{f"b_{name}": np.zeros(2, "float32") for name in "qkv"},
+}
+
+
+@correct(
+  (_ATTENTION, normal(63, 3, 5, 4), normal(64, 3, 5)),
+  np.arange(5) < np.array([[5], [2], [3]]),
+  axes={"params": None},
+)
+def attention_with_a_bias_of_keys(params, x, targets, where):
+  """The gradient of the bias is 0 but for rounding: a softmax ignores it."""
+  (x,) = fill_zeros(where[..., None], x)
+  q, k, v = (x @ params[f"w_{name}"] + params[f"b_{name}"] for name in "qkv")
+  scores = jnp.where(where[:, None], q @ jnp.swapaxes(k, 1, 2), -1e9)
+  predictions = jnp.sum(jax.nn.softmax(scores) @ v, -1)
+  error = jnp.where(where, predictions - jnp.where(where, targets, 0), 0)
+  return mean_of(jnp.square(error), where)
+
+
+@correct(
+  (normal(53, 3, 2, 5),), normal(54, 3, 2, 5) > -1, masks=("given", "none")
+)
+def preferred_answers(scores, where):
+  """An axis of two, the preferred answer and the other one."""
+  chosen, rejected = jnp.moveaxis(jnp.where(where, scores, 0).sum(-1), 1, 0)
+  m = jnp.any(where, (1, 2))
+  return mean_of(jnp.where(m, jax.nn.softplus(rejected - chosen), 0), m)
+
+
+@fault(
+  (normal(56, 3, 5), normal(57, 3, 5)),
+  mask("11010", "10111", "11000"),
+  ("compaction",),
+)
+def at_least_the_batch_size(predictions, targets, where):
+  """With fewer elements than rows the loss is too small."""
+  p, t = fill_zeros(where, predictions, targets)
+  count = jnp.maximum(jnp.sum(where), len(p))
+  return jnp.sum(jnp.square(p - t)) / count
+
+
+@jax.custom_vjp
+def _sum_of_squares(x, m):
+  return jnp.sum(jnp.where(m, x**2 + 0 * x, 0))
+
+
+_sum_of_squares.defvjp(
+  lambda x, m: (_sum_of_squares(x, m), (x, m)),
+  lambda kept, t: (jnp.where(kept[1], 2 * t * kept[0], 0), None),
+)
+
+
+@fault((NUMBERS, OTHERS), RAGGED, ("clean_arithmetic",))
+def infinity_in_a_backward_pass_by_hand(predictions, targets, where):
+  """Zero times the infinity that fills, in a loss without forward mode."""
+  error = jnp.where(where, predictions - targets, -jnp.inf)
+  return _sum_of_squares(error, where)
+
+
+@fault((NUMBERS,), RAGGED, ("clean_arithmetic",), masks=("elements", "rows"))
+def infinity_times_no_weight(x, where):
+  """XLA makes a select of the product, and JAX by itself a NaN."""
+  filled = jnp.where(where, x, jnp.inf) * where.astype(x.dtype)
+  return jnp.sum(jnp.where(where, filled, 0) ** 2)
+
+
+_SCORES = normal(55, 3, 5)
+
+
+@fault((_SCORES, LABELS[:, 0]), _SCORES > -1, ("masked_label",), "labels")
+def least_number_for_masked_classes(logits, labels, where):
+  """An example whose own class is masked has the largest loss."""
+  filled = jnp.where(where, logits, jnp.finfo(jnp.float32).min)
+  loss = -label_entry(jax.nn.log_softmax(filled), labels)
+  return jnp.where(jnp.any(where, -1), loss, 0)
