@@ -1,10 +1,12 @@
-"""The changes that `changes.txt` lists, and the fills of the wrappers."""
+"""The changes that `changes.toml` lists, and the fills of the wrappers."""
 
 import ast
 import dataclasses
 import functools
 import pathlib
 import re
+import tomllib
+from typing import Any
 
 from optax_masking.losses._table import ROWS
 from optax_masking.upstream._edits import functions
@@ -30,7 +32,7 @@ class Change:
     obstacle: Why there is no small change, or "".
   """
 
-  edits: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+  edits: dict[str, str] = dataclasses.field(default_factory=dict)
   fills: dict[str, float] = dataclasses.field(default_factory=dict)
   reason: str = ""
   needs: str = ""
@@ -41,15 +43,15 @@ class Change:
 
 @dataclasses.dataclass
 class Proposal:
-  """A pull request: its losses, and what `changes.txt` says of it."""
+  """A pull request: its losses, and what `changes.toml` says of it."""
 
   name: str
-  losses: list[str] = dataclasses.field(default_factory=list)
+  losses: list[str]
+  example: str
   repairs: str = (
     "Padding can be left out. A `where` around the loss keeps NaN gradients."
   )
   issues: str = "#902"
-  example: str = ""
   alone: bool = False
 
   @property
@@ -57,44 +59,26 @@ class Proposal:
     return self.name == "rank-rule"
 
 
-def _read() -> tuple[list[Proposal], dict[str, Change], dict[str, str]]:
-  proposals: list[Proposal] = []
-  changes: dict[str, Change] = {}
-  templates: dict[str, str] = {}
-  names: list[str] = []
-  text = (_HERE / "changes.txt").read_text("utf-8")
-  for part in re.split(r"^%", text, flags=re.M)[1:]:
-    head, _, body = part.partition("\n")
-    key, _, value = head.partition(" ")
-    if key == "proposal":
-      proposals.append(Proposal(value))
-    elif key in ("repairs", "issues", "alone", "example"):
-      setattr(proposals[-1], key, value or body.strip() or True)
-    elif key == "loss":
-      names = value.split()
-      for name in names:
-        changes.setdefault(name, Change())
-      known = proposals[-1].losses
-      known += [name for name in names if name not in known]
-    elif key in ("helper", "class"):
-      templates[key] = body.strip() + "\n"
-    for change in map(changes.get, names):
-      assert change is not None
-      if key == "old":
-        change.edits.append((value, body.rstrip()))
-      elif key == "fills":
-        pairs = (pair.split("=") for pair in value.split())
-        change.fills = {argument: float(fill) for argument, fill in pairs}
-        change.reason = body.strip()
-      elif key in ("needs", "note", "obstacle", "test"):
-        setattr(change, key, value or body.rstrip())
+PROPOSALS: list[Proposal] = []
+_CHANGES: dict[str, Change] = {}
+
+
+def _read(proposals: list[dict[str, Any]]) -> None:
   for proposal in proposals:
-    if not proposal.example:
-      proposal.example = _EXAMPLE.format(proposal.losses[0])
-  return proposals, changes, templates
+    losses: dict[str, Change] = {}
+    for names, parts in proposal.pop("changes", {}).items():
+      for name in names.split():
+        change = losses.setdefault(name, Change())
+        change.edits |= parts.get("edits", {})
+        vars(change).update({**parts, "edits": change.edits})
+    _CHANGES.update(losses)
+    proposal.setdefault("example", _EXAMPLE.format(*losses or [""]))
+    PROPOSALS.append(Proposal(losses=[*losses], **proposal))
 
 
-PROPOSALS, _CHANGES, TEMPLATES = _read()
+_TEXTS = tomllib.loads((_HERE / "changes.toml").read_text("utf-8"))
+HELPER, TEST = _TEXTS["helper"], _TEXTS["test"]
+_read(_TEXTS["proposals"])
 
 
 def real_name(name: str) -> str:
@@ -124,7 +108,7 @@ def change_of(name: str) -> Change:
   }
   arguments = [a.arg for a in wrapper.args.args][: len(ROWS[name].data)]
   if not declared.keys() >= {*arguments}:
-    return Change(obstacle="its fills are no numbers, and changes.txt lacks it")
+    return Change(obstacle="its fills are no numbers and not in changes.toml")
   first = min(d.lineno for d in wrapper.decorator_list)
   above = "\n".join(text.splitlines()[: first - 1])
   comment = re.search(r"(?:^#.*\n?)*\Z", above, re.M)

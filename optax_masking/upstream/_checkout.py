@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from optax_masking.losses._table import ROWS
 from optax_masking.upstream import _edits
-from optax_masking.upstream._changes import TEMPLATES, change_of, real_name
+from optax_masking.upstream._changes import HELPER, TEST, change_of, real_name
 from optax_masking.upstream._edits import EditError
 
 _HELPER = "canonicalize_where"
@@ -114,7 +114,7 @@ class Checkout:
     row, change, module = ROWS[name], change_of(name), self.module_of(name)
     text, function = self.texts[module], self.function(name)
     present = {p.arg for p in _edits.parameters(function)}
-    edits = [(old, self._canon(module, code)) for old, code in change.edits]
+    edits = [(s, self._canon(module, c)) for s, c in change.edits.items()]
     if change.fills:
       code = "\n".join([*self._fills(module, name, present), "..."])
       edits.append((_edits.first_statement(function), code))
@@ -207,7 +207,7 @@ class Checkout:
       return self
     place = "\n\n\ndef sigmoid_binary_cross_entropy("
     if f"def {_HELPER}(" not in home:
-      helper = _edits.with_quotes_of(home, TEMPLATES["helper"])
+      helper = _edits.with_quotes_of(home, HELPER)
       home = home.replace(place, f"\n\n\n{helper.rstrip()}{place}")
     statement = f"from optax.losses import {_HOME}\n"
     if module == _HOME or statement in text:
@@ -228,7 +228,7 @@ class Checkout:
     elif _TEST in text:
       text = text.replace(_TEST, row + _TEST)
     else:
-      code = TEMPLATES["class"].replace(_TEST, row + _TEST)
+      code = TEST.replace(_TEST, row + _TEST)
       code = _edits.with_quotes_of(text, code)
       text = text.replace(main, f"\n\n{code}{main}")
     old = "from absl.testing import absltest\n"
