@@ -49,7 +49,7 @@ class Proposal:
   losses: list[str]
   example: str
   repairs: str = (
-    "Padding can be left out. A `where` around the loss keeps NaN gradients."
+    "Padding can be left out. A `where` around the loss leaves NaN gradients."
   )
   issues: str = "#902"
   alone: bool = False

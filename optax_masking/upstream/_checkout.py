@@ -86,7 +86,7 @@ class Checkout:
       return "it is in none of the modules of optax.losses"
     found = _edits.fingerprint(self.texts[module], name, ROWS)
     if found not in ROWS[name].written_for:
-      return f"its code has changed: its fingerprint is {found}"
+      return f"its code has changed, to {found}: see CONTRIBUTING.md"
     if change.needs and not self.is_staged(change.needs):
       called = self.obstacle(change.needs)
       return f"{change.needs}, which it calls: {called}" if called else ""

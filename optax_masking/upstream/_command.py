@@ -52,7 +52,7 @@ def add_commands(commands: Any) -> None:
     action="store_true",
     help="the meaning of masks of lower rank, where NumPy's rule applies today",
   )
-  text = "with --all, all losses but this; may be repeated"
+  text = "with --all, without this loss and those that call it; may be repeated"
   add("--except", dest="left_out", help=text, **names)
   output = parser.add_mutually_exclusive_group()
   output.add_argument(
@@ -132,7 +132,8 @@ def _run_stage(args: argparse.Namespace) -> int:
       raise UsageError(f"{args.patch} exists")
     check_writable(args.patch)
     write(patch, args.patch)
-    print(f"In {checkout.root}: git apply {args.patch}, and back with -R")
+    path = pathlib.Path(args.patch).resolve()
+    print(f"In {checkout.root}: git apply {path}, and back with -R")
   else:
     _write_files(checkout, after.changed(checkout), args.force)
   return 0
@@ -144,13 +145,13 @@ def _staged(checkout: Any, proposals: Any, args: argparse.Namespace) -> Any:
     return proposals.apply(checkout, proposals.PROPOSALS[-1])
   if args.loss:
     return checkout.staged(args.loss)
-  for name in (n for p in proposals.PROPOSALS for n in p.losses):
-    if name in args.left_out or checkout.is_staged(name):
-      continue
-    if obstacle := checkout.obstacle(name):
-      print(f"{name} can't be staged: {obstacle}", file=sys.stderr)
-    else:
-      checkout = checkout.staged([name])
+  for proposal in proposals.without(args.left_out):
+    for name in proposal.losses:
+      obstacle = checkout.obstacle(name)
+      if obstacle and not checkout.is_staged(name):
+        print(f"{name} can't be staged: {obstacle}", file=sys.stderr)
+    if not proposal.is_rank_rule:
+      checkout = proposals.apply(checkout, proposal)
   return checkout
 
 
@@ -180,11 +181,11 @@ def _write_files(checkout: Any, changes: Any, force: bool) -> None:
       " folder optax, in a folder of its own"
     )
   if not force and (checkout.root / ".git").exists():
-    _check_committed(checkout, changes)
+    _check_committed(checkout, changes, ", or add --force")
   try:
     for file, (_, new) in changes.items():
       (checkout.root / file).write_text(new, "utf-8")
-      print(file)
+      print(f"Edited {file}")
   except OSError as error:
     for file, (old, _) in changes.items():
       if os.access(checkout.root / file, os.W_OK):
@@ -195,13 +196,13 @@ def _write_files(checkout: Any, changes: Any, force: bool) -> None:
   )
 
 
-def _check_committed(checkout: Any, files: Iterable[str]) -> None:
+def _check_committed(
+  checkout: Any, files: Iterable[str], remedy: str = ""
+) -> None:
   status = ("status", "--porcelain", "--untracked-files=no", "--")
   if changed := _git(checkout, *status, *files):
     raise UsageError(
-      "these files have uncommitted changes; commit them, or let single losses"
-      " be staged in them with --force:\n"
-      f"{changed}"
+      f"these files have uncommitted changes; commit them{remedy}:\n{changed}"
     )
 
 
@@ -214,15 +215,16 @@ def _git(checkout: Any, *command: str, text: str = "", **more: str) -> str:
       capture_output=True,
       check=True,
       text=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError) as error:
-    stderr = getattr(error, "stderr", error)
-    raise UsageError(f"git {command[0]} fails: {stderr}") from None
+    ).stdout.rstrip("\n")
+  except FileNotFoundError:
+    raise UsageError("git is not installed") from None
+  except subprocess.CalledProcessError as error:
+    raise UsageError(f"git {command[0]} fails: {error.stderr}") from None
 
 
 def _make_branches(checkout: Any, proposals: Any, left_out: Any) -> None:
   """Makes commits, which changes neither files nor the index."""
-  rows = list(proposals.in_order(checkout, left_out))
+  rows = list(proposals.in_order(checkout, proposals.without(left_out)))
   rows = [row for row in rows if row[3].changed(row[2])]
   names = [proposal for proposal, *_ in rows]
   branches = [f"masks/{proposal.name}" for proposal in names]

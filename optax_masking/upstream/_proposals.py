@@ -15,7 +15,12 @@ import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from optax_masking.upstream._changes import PROPOSALS, Proposal
+from optax_masking.upstream._changes import (
+  PROPOSALS,
+  Proposal,
+  change_of,
+  real_name,
+)
 from optax_masking.upstream._checkout import Checkout
 from optax_masking.upstream._edits import EditError, wrapped
 
@@ -37,22 +42,23 @@ _SELECTS = (
   "To select from the result is not enough: in the backward pass 0 * nan is"
   " nan. Masked elements are replaced before anything is computed from them, by"
   " numbers that add nothing. Their gradients are exactly 0, and so is the loss"
-  " of what has nothing included. Without a mask the jaxpr is the same."
+  " of an example with nothing included. Without a mask the jaxpr is the same."
 )
 _TEXTS = {
   "padding": "Padded frames are multiplied by 0, but 0 * nan is nan. Their"
-  " logits are replaced by 0. All other results are the same, to the bit. It"
-  " does not check the paddings, nor labels that are padding.",
+  " logits are replaced by 0. All other results are the same, to the bit. This"
+  " change does not check the paddings, nor the labels that are padding.",
   "repair": f"{_SELECTS} The meaning of masks of lower rank does not change.",
   "where": f"{_SELECTS} `where` is boolean, with the rank of the data or one"
-  " entry for each slice along the axis. It does not mask hyperparameters that"
-  " are arrays.",
+  " entry for each slice along the axis. Arrays of hyperparameters are not"
+  " masked.",
   "rank": "`softmax_cross_entropy` takes a mask of shape [B] for [B, C], and so"
-  " do these losses now. NumPy's rule, to align the mask with the last axis,"
-  " fails for B != C, and for B == C silently masks classes. What changes: a"
-  " mask of shape [C] is an error, or for B == C one of examples. Write"
-  " `where[None]`. That is why it is a change of its own. It does not change"
-  " masks of the rank of the data, nor calls without one.",
+  " do all of these losses now. Most of them followed NumPy's rule, to align"
+  " the mask with the last axis, which fails for B != C and silently masks"
+  " classes for B == C. What changes: a mask of shape [C] is an error, or for"
+  " B == C one of examples. Write `where[None]`. That is why this change is one"
+  " of its own. Masks of the rank of the data, and calls without one, do not"
+  " change.",
 }
 
 
@@ -71,14 +77,26 @@ def apply(checkout: Checkout, proposal: Proposal) -> Checkout:
   return checkout.staged(n for n in proposal.losses if not checkout.obstacle(n))
 
 
+def without(left_out: Collection[str]) -> list[Proposal]:
+  """The proposals without some losses, and without those that call them."""
+  names = set(map(real_name, left_out))
+  return [
+    dataclasses.replace(
+      proposal,
+      losses=[
+        n for n in proposal.losses if not {n, change_of(n).needs} & names
+      ],
+    )
+    for proposal in PROPOSALS
+  ]
+
+
 def in_order(
-  checkout: Checkout, left_out: Collection[str] = ()
+  checkout: Checkout, proposals: Sequence[Proposal]
 ) -> Iterator[tuple[Proposal, Proposal | None, Checkout, Checkout]]:
   """Each proposal, the one that it is on, and the checkout before and after."""
   chain, below = checkout, None
-  for proposal in PROPOSALS:
-    names = [n for n in proposal.losses if n not in left_out]
-    proposal = dataclasses.replace(proposal, losses=names)
+  for proposal in proposals:
     before, base = (checkout, None) if proposal.alone else (chain, below)
     after = apply(before, proposal)
     if not proposal.alone and after.changed(before):
@@ -147,7 +165,7 @@ def message(proposal: Proposal, before: str, after: str, patch: str) -> str:
   """The title and, in Markdown, the text of a pull request."""
   subject = " and ".join(proposal.losses)
   if len(proposal.losses) > 2:
-    subject = f"losses: {proposal.name}"
+    subject = f"the {proposal.name} losses"
   title, kind = f"Keep masked elements out of gradients of {subject}", "repair"
   if "\n+    where: " in patch or "\n+      where: " in patch:
     title, kind = f"Add where to {subject}", "where"
@@ -170,16 +188,18 @@ def message(proposal: Proposal, before: str, after: str, patch: str) -> str:
 
 def status(checkout: Checkout) -> str:
   """Lists the pull requests in the order in which they should be made."""
-  rows = list(in_order(checkout))
+  rows = list(in_order(checkout, PROPOSALS))
   final = functools.reduce(apply, PROPOSALS[:-1], checkout)
   names = [n for p in PROPOSALS for n in p.losses if checkout.module_of(n)]
   with ThreadPoolExecutor() as pool:
     was, becomes = pool.map(check, (checkout, final), (names, names))
   lines = [f"Pull requests to Optax {checkout.version}, in {checkout.root}"]
   for number, (proposal, base, before, after) in enumerate(rows, 1):
-    facts = [count_lines(after.patch(before)) + " lines with tests"]
-    facts += [f"on top of {base.name}"] if base else []
-    facts += [proposal.issues] if proposal.issues != "none" else []
+    facts = ["not proposed"]
+    if after.changed(before):
+      facts = [count_lines(after.patch(before)) + " lines with tests"]
+      facts += [f"on top of {base.name}"] if base else []
+      facts += [proposal.issues] if proposal.issues != "none" else []
     lines.append(f"\n{number:2}. {proposal.name}: {', '.join(facts)}")
     lines.append(f"    {proposal.repairs}")
     for name in proposal.losses:
