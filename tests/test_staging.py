@@ -28,7 +28,7 @@ from optax.losses import _classification
 
 from optax_masking.losses._table import ROWS
 from optax_masking.upstream import _checks, _proposals
-from optax_masking.upstream._changes import PROPOSALS, change_of
+from optax_masking.upstream._changes import PROPOSALS, RANK_RULE, change_of
 from optax_masking.upstream._checkout import Checkout
 
 (COMMAND,) = importlib.metadata.entry_points(
@@ -172,7 +172,7 @@ def source(checkout, name):
 def without_fills(checkout, name):
   """A checkout in which a loss has no more selects of the mask."""
   code = source(checkout, name)
-  select = r"(\w+) = jnp\.where\((?:where|padded|some), .*"
+  select = r"(\w+) = jnp\.where\((?:where|some|jnp.expand_dims.*0), .*"
   broken = re.sub(select, r"\1 = \1", code)
   assert broken != code
   module = checkout.module_of(name)
@@ -209,7 +209,7 @@ def test_tests_of_optax(name, pristine):
 
 @pytest.mark.nightly
 def test_all_tests_of_optax(pristine):
-  staged = pristine.staged(LOSSES).with_rank_rule(_proposals.RANK_RULE)
+  staged = pristine.staged(LOSSES).with_rank_rule(RANK_RULE.losses)
   with _proposals.copied(staged) as root:
     done = subprocess.run(
       [sys.executable, "-m", "pytest", "-q", "optax/losses"],
@@ -224,7 +224,7 @@ def test_all_tests_of_optax(pristine):
 @pytest.mark.nightly
 def test_audit(pristine):
   """The full-rank contract, and with the rank rule all of it."""
-  staged = pristine.staged(LOSSES).with_rank_rule(_proposals.RANK_RULE)
+  staged = pristine.staged(LOSSES).with_rank_rule(RANK_RULE.losses)
   script = "from optax_masking._command import main; main()"
   losses = [n for n in LOSSES if not n.startswith(("ctc", "ranking"))]
   options = [f"--loss={name}" for name in losses]
@@ -374,8 +374,8 @@ def test_except(root, run):
   )
   assert status == 0
   assert "make_fenchel_young_loss can't be staged: its `max_fun`" in err
-  assert "(_classification.perceptron_loss,)" in out
-  assert "(_classification.hinge_loss,)" not in out
+  assert "(_classification.perceptron_loss, axis=-1)" in out
+  assert "(_classification.hinge_loss, axis=-1)" not in out
 
 
 def test_changed_loss_is_refused(root, run):
@@ -403,26 +403,51 @@ def test_libcst_is_optional(root, run):
 
 
 def test_rank_rule(root, run):
+  status, _, err = run("stage", root, "--rank-rule")
+  assert status == 2
+  assert "stage softmax_cross_entropy first" in err
+  options = [f"--loss={name}" for name in RANK_RULE.losses]
+  assert run("stage", root, *options)[0] == 0
   status, out, _ = run("stage", root, "--rank-rule", "--dry-run")
   assert status == 0
   assert out.count("+def canonicalize_where(") == 1
   calls = re.findall(r"^\+    where = .*canonicalize_where\(", out, re.M)
-  assert len(calls) == len(_proposals.RANK_RULE)
+  assert len(calls) == len(RANK_RULE.losses)
+  assert out.count("+  def test_mask_has_one_entry_per_example(") == 3
+
+
+def test_left_out_with_those_that_call_it(root, run):
+  options = ("--all", "--except", "squared_error", "--dry-run")
+  status, out, _ = run("stage", root, *options)
+  assert status == 0
+  assert "_regression.huber_loss, axis" in out
+  assert "squared_error(predictions" not in out
+
+
+def test_integer_mask_is_refused(pristine):
+  loss = "softmax_cross_entropy_with_integer_labels"
+  with in_place(pristine.staged([loss])), pytest.raises(TypeError, match="int"):
+    upstream.softmax_cross_entropy_with_integer_labels(
+      jnp.zeros((1, 2)), jnp.array([0]), where=jnp.array([[2, 1]])
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("options", "words"),
   [
-    (("--loss", "ctc_loss"), ("padded frames", "nan", "Lines, with tests: +")),
+    (("--loss", "ctc_loss"), ("padded frames", "nan", "to the bit")),
     (
       ("--loss", "hinge_loss"),
-      ("Add where to hinge_loss", "TypeError", "#902"),
+      ("Add where to the binary losses", "TypeError", "#902"),
     ),
     (("--rank-rule",), ("one entry a slice", "`where[None]`")),
   ],
 )
 def test_message(root, run, options, words):
+  if options == ("--rank-rule",):
+    run("stage", root, *(f"--loss={name}" for name in RANK_RULE.losses))
+    git(root, "commit", "--quiet", "--all", "--message", "Repairs")
   status, out, err = run("stage", root, *options, "--message")
   assert status == 0, err
   assert len(out.splitlines()) <= 30
@@ -446,7 +471,7 @@ def test_branches(root, run):
     status, out, err = run("stage", root, "--all", "--branches")
   assert status == 0, err
   made = [line.partition(" on ") for line in out.splitlines()]
-  assert len(made) == len(PROPOSALS) - 1
+  assert len(made) == len(PROPOSALS)
   for branch, _, base in made:
     assert git(root, "rev-parse", f"{branch}^") == git(
       root, "rev-parse", base or "HEAD"
@@ -468,7 +493,7 @@ def test_status(root, run):
   status, out, _ = run("status", root)
   assert status == 0
   order = re.findall(r"^ ?\d+\. (.*?):", out, re.M)
-  assert order == [p.name for p in PROPOSALS]
+  assert order == [p.name for p in (*PROPOSALS, RANK_RULE)]
   assert "kl_divergence: NaN gradients -> no finding" in out
   assert "hinge_loss: takes no `where` -> no finding" in out
   assert "optax-masking stage CHECKOUT --rank-rule" in out

@@ -54,10 +54,6 @@ class Proposal:
   issues: str = "#902"
   alone: bool = False
 
-  @property
-  def is_rank_rule(self) -> bool:
-    return self.name == "rank-rule"
-
 
 PROPOSALS: list[Proposal] = []
 _CHANGES: dict[str, Change] = {}
@@ -73,12 +69,13 @@ def _read(proposals: list[dict[str, Any]]) -> None:
         vars(change).update({**parts, "edits": change.edits})
     _CHANGES.update(losses)
     proposal.setdefault("example", _EXAMPLE.format(*losses or [""]))
-    PROPOSALS.append(Proposal(losses=[*losses], **proposal))
+    PROPOSALS.append(Proposal(**{"losses": [*losses], **proposal}))
 
 
-_TEXTS = tomllib.loads((_HERE / "changes.toml").read_text("utf-8"))
-HELPER, TEST = _TEXTS["helper"], _TEXTS["test"]
-_read(_TEXTS["proposals"])
+_FILE = tomllib.loads((_HERE / "changes.toml").read_text("utf-8"))
+TEXTS, TEMPLATES = _FILE["texts"], _FILE["templates"]
+_read(_FILE["proposals"])
+RANK_RULE = PROPOSALS.pop()
 
 
 def real_name(name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from optax_masking.losses._table import ROWS
 from optax_masking.upstream import _edits
-from optax_masking.upstream._changes import HELPER, TEST, change_of, real_name
+from optax_masking.upstream._changes import TEMPLATES, change_of, real_name
 from optax_masking.upstream._edits import EditError
 
 _HELPER = "canonicalize_where"
@@ -19,21 +19,20 @@ _NOTE = "Values and gradients do not depend on"
 _RANK_NOTE = (
   "A ``where`` of lower rank has one entry for each slice along ``axis``."
 )
-_AXIS_ENTRY = "Axis or axes to sum over; none by default."
-_WHERE_ENTRY = (
-  "Boolean mask of the elements to include, of the shape of the arguments, with"
-  " or without {}."
+_AXIS_ENTRY = (
+  "Axis or axes to sum over; by default none, which returns a loss for each"
+  " element."
 )
-_TEST = "  )\n  def test_masked_elements_do_not_matter("
-_INDEX_TEST = """
-(
-    lambda x, _, **kwargs: (
-        {}(
-            x, jnp.zeros(x.shape[:-1], int), **kwargs
-        )
-    ),
-),
-"""
+_WHERE_ENTRY = (
+  "Boolean mask of the elements to include; the others add nothing. Of the"
+  " shape of ``{}``, or that without {}."
+)
+# Optax's rule for masks of lower rank, where it has one.
+_OLD_RULE = re.compile(
+  r"^(?:  #.*\n)?  if where is not None and where.ndim.*\n.*expand_dims.*\n",
+  re.M,
+)
+_ABSL = "from absl.testing import absltest\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Checkout:
       last = "CANON(where, -1" in str(change.edits)
       has_axis = "axis" in present | {*new} and not last
       without = "``axis``" if has_axis else "the last axis"
-      entries["where"] = _WHERE_ENTRY.format(without)
+      entries["where"] = _WHERE_ENTRY.format(function.args.args[0].arg, without)
     note = f"{_NOTE} {'masked elements' if row.compacts else 'padded frames'}."
     if new:
       text = _edits.add_parameters(text, name, new)
@@ -146,7 +145,9 @@ class Checkout:
         f"Added {both if 'axis' in new else 'the ``where`` argument'}. {note}"
       )
     note = f"{note} {change.note}".rstrip()
-    text = _edits.edit_docstring(text, name, entries, self.version, note)
+    for loss in (name, *(n for n in ROWS if ROWS[n].output_of == name)):
+      of_loss = entries if loss == name else {}
+      text = _edits.edit_docstring(text, loss, of_loss, self.version, note)
     found = self._with(module, text)
     return found._with_helper(module)._with_test(module, name)
 
@@ -183,57 +184,104 @@ class Checkout:
     return [f"  where = {helper}(", f"      {given}", "  )"]
 
   def with_rank_rule(self, names: Iterable[str]) -> "Checkout":
-    """The checkout in which masks of lower rank have one entry a slice."""
+    """The checkout in which masks of lower rank have one entry a slice.
+
+    Raises:
+      EditError: If a loss is not staged.
+    """
     found = self
     for name in names:
       if found.is_staged(name, _RANK_NOTE):
         continue
+      if not found.is_staged(name):
+        raise EditError(f"stage {name} first: the rank rule comes after it.")
       module = found.module_of(name)
-      call = found._call(module, name, "axis")
-      code = "\n".join(["if where is not None:", *call, "..."])
-      edit = (_edits.first_statement(found.function(name)), code)
-      text = _edits.replace(found.texts[module], name, [edit])
+      function, text = found.function(name), found.texts[module]
+      call = "\n  ".join(["", *found._call(module, name, "axis")])
+      code = ast.get_source_segment(text, function) or ""
+      # In front of what the staged loss does with a mask.
+      changed = _OLD_RULE.sub("  if where is not None:\n", code)
+      start = re.search(r"^  (?:if where is not None|else):", changed, re.M)
+      assert start is not None
+      end = start.end()
+      changed = f"{changed[:end]}{call}{changed[end:]}"
+      text = text.replace(code, changed)
       text = _edits.edit_docstring(text, name, {}, found.version, _RANK_NOTE)
       found = found._with(module, text)._with_helper(module)
+      found = found._with_row("test_of_rank", module, name)
     return found
 
   def _with(self, module: str, text: str) -> "Checkout":
     return dataclasses.replace(self, texts={**self.texts, module: text})
 
   def _with_helper(self, module: str) -> "Checkout":
-    """Adds the helper, and its import, if a module calls it."""
+    """Adds the helper, its test, and its import, if a module calls it."""
     text, home = self.texts[module], self.texts[_HOME]
     if f"{_HELPER}(" not in text:
       return self
-    place = "\n\n\ndef sigmoid_binary_cross_entropy("
+    found = self
     if f"def {_HELPER}(" not in home:
-      helper = _edits.with_quotes_of(home, HELPER)
+      place = "\n\n\ndef sigmoid_binary_cross_entropy("
+      helper = _edits.with_quotes_of(home, TEMPLATES["helper"])
       home = home.replace(place, f"\n\n\n{helper.rstrip()}{place}")
+      found = self._with(_HOME, home)
+      found = found._with_method(_HOME, "MaskTest", TEMPLATES["test_of_helper"])
     statement = f"from optax.losses import {_HOME}\n"
     if module == _HOME or statement in text:
-      return self._with(_HOME, home)
+      return found
     utils = "from optax._src import utils\n"
-    text = text.replace(utils, f"{utils}{statement}")
-    return self._with(_HOME, home)._with(module, text)
+    return found._with(module, text.replace(utils, f"{utils}{statement}"))
 
   def _with_test(self, module: str, name: str) -> "Checkout":
-    """Adds the row of a loss to the test of its file, or the test."""
-    text, test = self.texts[f"{module}_test"], change_of(name).test
-    index = _INDEX_TEST if ROWS[name].has_classes else "({},),"
-    row = test or index.format(f"{module}.{name}")
-    row = textwrap.indent(textwrap.dedent(row).strip(), " " * 6) + "\n"
-    main = "\n\nif __name__"
+    """Adds the row of a loss to the test of its file, or a test of its own."""
+    test = change_of(name).test
     if "def test" in test:
-      text = _with_method(text, name, test)
-    elif _TEST in text:
-      text = text.replace(_TEST, row + _TEST)
-    else:
-      code = TEST.replace(_TEST, row + _TEST)
-      code = _edits.with_quotes_of(text, code)
-      text = text.replace(main, f"\n\n{code}{main}")
-    old = "from absl.testing import absltest\n"
+      of_class = "NtxentTest" if name == "ntxent" else "CTCTest"
+      return self._with_method(module, of_class, test)
+    return self._with_row("test", module, name)
+
+  def _with_row(self, template: str, module: str, name: str) -> "Checkout":
+    """Adds a row to a parameterized test, and the test if it is not there."""
+    loss, wrapper = f"{module}.{name}", ""
+    if ROWS[name].has_classes:
+      wrapper = "_of_first_class"
+    elif ROWS[name].elementwise:
+      loss, wrapper = f"{loss}, axis=-1", "functools.partial"
+    row = change_of(name).test
+    if not row:
+      row = f"({wrapper}({loss}),)," if wrapper else f"({loss},),"
+      if len(row) > 74:
+        row = f"(\n    {wrapper}(\n        {loss}\n    ),\n),"
+    found = self._with_method(module, "MaskTest", TEMPLATES[template])
+    text = found.texts[f"{module}_test"]
+    (test,) = re.findall(r"  \)\n  def \w+\(", TEMPLATES[template])
+    row = textwrap.indent(textwrap.dedent(row).strip(), " " * 6)
+    text = text.replace(test, f"{row}\n{test}")
+    if "_of_first_class(" in row and "def _of_first_class" not in text:
+      helper = _edits.with_quotes_of(text, TEMPLATES["of_first_class"])
+      place = "\n\n\nclass MaskTest("
+      text = text.replace(place, f"\n\n\n{helper.rstrip()}{place}")
+    if "functools." in row and "import functools\n" not in text:
+      text = text.replace(_ABSL, f"import functools\n\n{_ABSL}")
+    return found._with(f"{module}_test", text)
+
+  def _with_method(self, module: str, of_class: str, method: str) -> "Checkout":
+    """Adds a test to a class, and the class if it is not there."""
+    text = self.texts[f"{module}_test"]
+    (name,) = re.findall(r"  def test\w+\(", method)
+    if name in text:
+      return self
+    start = f"\n\n\nclass {of_class}("
+    if start not in text:
+      place = re.search(r"\n\n\n(?:def load_tests|if __name__)", text)
+      end = place.start() if place else len(text)
+      text = f"{text[:end]}{start}parameterized.TestCase):{text[end:]}"
+    end = text.index("\n\n\n", text.index(start) + 3)
+    method = _edits.with_quotes_of(text, method)
+    text = f"{text[:end]}\n\n{method.rstrip()}{text[end:]}"
     if "import parameterized\n" not in text:
-      text = text.replace(old, f"{old}from absl.testing import parameterized\n")
+      line = "from absl.testing import parameterized\n"
+      text = text.replace(_ABSL, _ABSL + line)
     return self._with(f"{module}_test", text)
 
   def changed(self, before: "Checkout") -> dict[str, tuple[str, str]]:
@@ -272,11 +320,3 @@ def _sum(function: ast.FunctionDef) -> tuple[str, str]:
     "loss = RETURNED\nif where is None and axis == ():\n  return loss\n"
     "return jnp.sum(loss, axis=axis, where=where)"
   )
-
-
-def _with_method(text: str, name: str, method: str) -> str:
-  """Adds a method to the class with the tests of a loss."""
-  of_class = "class NtxentTest" if name == "ntxent" else "class CTCTest"
-  end = text.index("\n\n\n", text.index(of_class))
-  method = _edits.with_quotes_of(text, method)
-  return f"{text[:end]}\n\n{method.rstrip()}{text[end:]}"

@@ -1,7 +1,7 @@
 """The commands `stage` and `status`, on a checkout of Optax."""
 
 import argparse
-import dataclasses
+import contextlib
 import difflib
 import functools
 import os
@@ -60,7 +60,7 @@ def add_commands(commands: Any) -> None:
   )
   for option, text in {
     "--dry-run": "print the patch",
-    "--message": "print the description of the pull request",
+    "--message": "print the description of the whole pull request",
     "--branches": "with --all, a branch with a commit for each pull request",
   }.items():
     output.add_argument(option, action="store_true", help=text)
@@ -124,7 +124,7 @@ def _run_stage(args: argparse.Namespace) -> int:
   if not patch:
     print("There is nothing to change.", file=sys.stderr)
   elif args.message:
-    write(_message(checkout, after, proposals, args), None)
+    write(_message(checkout, proposals, args), None)
   elif args.dry_run:
     write(patch, None)
   elif args.patch:
@@ -142,7 +142,7 @@ def _run_stage(args: argparse.Namespace) -> int:
 def _staged(checkout: Any, proposals: Any, args: argparse.Namespace) -> Any:
   """The checkout with the requested losses."""
   if args.rank_rule:
-    return proposals.apply(checkout, proposals.PROPOSALS[-1])
+    return proposals.apply(checkout, proposals.RANK_RULE)
   if args.loss:
     return checkout.staged(args.loss)
   for proposal in proposals.without(args.left_out):
@@ -150,28 +150,22 @@ def _staged(checkout: Any, proposals: Any, args: argparse.Namespace) -> Any:
       obstacle = checkout.obstacle(name)
       if obstacle and not checkout.is_staged(name):
         print(f"{name} can't be staged: {obstacle}", file=sys.stderr)
-    if not proposal.is_rank_rule:
-      checkout = proposals.apply(checkout, proposal)
+    checkout = proposals.apply(checkout, proposal)
   return checkout
 
 
-def _message(checkout: Any, after: Any, proposals: Any, args: Any) -> str:
+def _message(checkout: Any, proposals: Any, args: Any) -> str:
   from optax_masking.upstream._changes import real_name  # It needs LibCST.
 
   names = set(map(real_name, args.loss))
   found = [p for p in proposals.PROPOSALS if names & {*p.losses}]
   if args.rank_rule:
-    found = [proposals.PROPOSALS[-1]]
+    found = [proposals.RANK_RULE]
   if len(found) != 1:
     raise UsageError("--message is for the losses of one pull request")
+  after = proposals.apply(checkout, *found)
   texts = [proposals.print_examples(c, found)[0] for c in (checkout, after)]
-  losses = [
-    n
-    for n in found[0].losses
-    if after.is_staged(n) and not checkout.is_staged(n)
-  ]
-  changed = dataclasses.replace(found[0], losses=losses)
-  return proposals.message(changed, *texts, after.patch(checkout))
+  return proposals.message(*found, *texts, after.patch(checkout))
 
 
 def _write_files(checkout: Any, changes: Any, force: bool) -> None:
@@ -180,7 +174,7 @@ def _write_files(checkout: Any, changes: Any, force: bool) -> None:
       f"{checkout.root} is where Optax is installed. Stage a copy of it: the"
       " folder optax, in a folder of its own"
     )
-  if not force and (checkout.root / ".git").exists():
+  if not force and _is_in_git(checkout):
     _check_committed(checkout, changes, ", or add --force")
   try:
     for file, (_, new) in changes.items():
@@ -206,6 +200,12 @@ def _check_committed(
     )
 
 
+def _is_in_git(checkout: Any) -> bool:
+  with contextlib.suppress(UsageError):
+    return bool(_git(checkout, "rev-parse", "--is-inside-work-tree"))
+  return False
+
+
 def _git(checkout: Any, *command: str, text: str = "", **more: str) -> str:
   try:
     return subprocess.run(
@@ -224,7 +224,8 @@ def _git(checkout: Any, *command: str, text: str = "", **more: str) -> str:
 
 def _make_branches(checkout: Any, proposals: Any, left_out: Any) -> None:
   """Makes commits, which changes neither files nor the index."""
-  rows = list(proposals.in_order(checkout, proposals.without(left_out)))
+  order = [*proposals.without(left_out), proposals.RANK_RULE]
+  rows = list(proposals.in_order(checkout, order))
   rows = [row for row in rows if row[3].changed(row[2])]
   names = [proposal for proposal, *_ in rows]
   branches = [f"masks/{proposal.name}" for proposal in names]
@@ -239,15 +240,14 @@ def _make_branches(checkout: Any, proposals: Any, left_out: Any) -> None:
     for i, (proposal, base, before, after) in enumerate(rows):
       parent = commits[base.name] if base else "HEAD"
       _git(checkout, "read-tree", parent, **index)
-      for file, (_, new) in after.changed(before).items():
-        blob = _git(checkout, "hash-object", "-w", "--stdin", text=new)
-        info = f"100644,{blob},{file}"
-        _git(checkout, "update-index", "--cacheinfo", info, **index)
+      patch = after.patch(before)
+      _git(checkout, "apply", "--cached", text=patch, **index)
       tree = _git(checkout, "write-tree", **index)
-      text = proposals.message(
-        proposal, was[i], becomes[i], after.patch(before)
-      )
+      text = proposals.message(proposal, was[i], becomes[i], patch)
       command = ("commit-tree", tree, "-p", parent)
       commits[proposal.name] = _git(checkout, *command, text=text)
-      _git(checkout, "branch", branches[i], commits[proposal.name])
-      print(branches[i] + (f" on masks/{base.name}" if base else ""))
+  created = zip(branches, commits.values(), strict=True)
+  lines = [f"create refs/heads/{branch} {commit}" for branch, commit in created]
+  _git(checkout, "update-ref", "--stdin", text="\n".join(lines) + "\n")
+  for branch, (_, base, *_) in zip(branches, rows, strict=True):
+    print(branch + (f" on masks/{base.name}" if base else ""))

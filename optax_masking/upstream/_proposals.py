@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from optax_masking.upstream._changes import (
   PROPOSALS,
+  RANK_RULE,
+  TEXTS,
   Proposal,
   change_of,
   real_name,
@@ -25,41 +27,6 @@ from optax_masking.upstream._checkout import Checkout
 from optax_masking.upstream._edits import EditError, wrapped
 
 _PACKAGE = pathlib.Path(__file__).parents[2]
-# In these a mask of lower rank is aligned with the last axis of the data, if it
-# is not one of examples.
-RANK_RULE = (
-  "softmax_cross_entropy",
-  "softmax_cross_entropy_with_integer_labels",
-  "kl_divergence",
-  "kl_divergence_with_log_targets",
-  "generalized_kl_divergence",
-  "cosine_similarity",
-  "cosine_distance",
-  "poly_loss_cross_entropy",
-  "smooth_labels",
-)
-_SELECTS = (
-  "To select from the result is not enough: in the backward pass 0 * nan is"
-  " nan. Masked elements are replaced before anything is computed from them, by"
-  " numbers that add nothing. Their gradients are exactly 0, and so is the loss"
-  " of an example with nothing included. Without a mask the jaxpr is the same."
-)
-_TEXTS = {
-  "padding": "Padded frames are multiplied by 0, but 0 * nan is nan. Their"
-  " logits are replaced by 0. All other results are the same, to the bit. This"
-  " change does not check the paddings, nor the labels that are padding.",
-  "repair": f"{_SELECTS} The meaning of masks of lower rank does not change.",
-  "where": f"{_SELECTS} `where` is boolean, with the rank of the data or one"
-  " entry for each slice along the axis. Arrays of hyperparameters are not"
-  " masked.",
-  "rank": "`softmax_cross_entropy` takes a mask of shape [B] for [B, C], and so"
-  " do all of these losses now. Most of them followed NumPy's rule, to align"
-  " the mask with the last axis, which fails for B != C and silently masks"
-  " classes for B == C. What changes: a mask of shape [C] is an error, or for"
-  " B == C one of examples. Write `where[None]`. That is why this change is one"
-  " of its own. Masks of the rank of the data, and calls without one, do not"
-  " change.",
-}
 
 
 def count_lines(patch: str) -> str:
@@ -70,10 +37,8 @@ def count_lines(patch: str) -> str:
 
 def apply(checkout: Checkout, proposal: Proposal) -> Checkout:
   """The checkout with all of a proposal that can be staged."""
-  if proposal.is_rank_rule:
-    return checkout.with_rank_rule(
-      n for n in RANK_RULE if checkout.module_of(n)
-    )
+  if proposal.name == RANK_RULE.name:
+    return checkout.with_rank_rule(proposal.losses)
   return checkout.staged(n for n in proposal.losses if not checkout.obstacle(n))
 
 
@@ -164,32 +129,34 @@ def print_examples(
 def message(proposal: Proposal, before: str, after: str, patch: str) -> str:
   """The title and, in Markdown, the text of a pull request."""
   subject = " and ".join(proposal.losses)
-  if len(proposal.losses) > 2:
+  if len(subject) > 40:
     subject = f"the {proposal.name} losses"
-  title, kind = f"Keep masked elements out of gradients of {subject}", "repair"
+  title, kind = f"Keep masked elements out of {subject}", "repair"
   if "\n+    where: " in patch or "\n+      where: " in patch:
     title, kind = f"Add where to {subject}", "where"
-  if proposal.is_rank_rule:
+  if proposal.name == RANK_RULE.name:
     title, kind = "Let a mask of lower rank have one entry a slice", "rank"
   elif "padded frames" in patch:
     title, kind = "Keep padded frames out of the gradients of CTC", "padding"
-  names = ", ".join(f"`{n}`" for n in proposal.losses or RANK_RULE)
-  example = f"```python\n{proposal.example}\n```"
+  names = ", ".join(f"`{n}`" for n in proposal.losses)
+  notes = [change_of(n).note for n in proposal.losses if kind != "rank"]
+  example = f"```python\n{proposal.example.rstrip()}\n```"
   parts = [
     title,
     wrapped(f"{names}: {proposal.repairs}", ""),
-    f"{example}\nBefore:\n```\n{before}\n```\nAfter:\n```\n{after}\n```",
-    wrapped(_TEXTS[kind], "")
-    + f"Lines, with tests: {count_lines(patch)}."
-    + f" Related to {proposal.issues}." * (proposal.issues != "none"),
+    f"{example}\nBefore:\n```\n{before}\n```\nAfter:\n```\n{after}\n```"
+    * (after != before),
+    wrapped(" ".join([TEXTS[kind], *filter(None, dict.fromkeys(notes))]), ""),
   ]
-  return "\n\n".join(part.rstrip() for part in parts) + "\n"
+  if proposal.issues != "none":
+    parts.append(f"Related to {proposal.issues}.")
+  return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
 def status(checkout: Checkout) -> str:
   """Lists the pull requests in the order in which they should be made."""
-  rows = list(in_order(checkout, PROPOSALS))
-  final = functools.reduce(apply, PROPOSALS[:-1], checkout)
+  rows = list(in_order(checkout, [*PROPOSALS, RANK_RULE]))
+  final = functools.reduce(apply, PROPOSALS, checkout)
   names = [n for p in PROPOSALS for n in p.losses if checkout.module_of(n)]
   with ThreadPoolExecutor() as pool:
     was, becomes = pool.map(check, (checkout, final), (names, names))
@@ -202,7 +169,7 @@ def status(checkout: Checkout) -> str:
       facts += [proposal.issues] if proposal.issues != "none" else []
     lines.append(f"\n{number:2}. {proposal.name}: {', '.join(facts)}")
     lines.append(f"    {proposal.repairs}")
-    for name in proposal.losses:
+    for name in proposal.losses if proposal is not RANK_RULE else ():
       obstacle = checkout.obstacle(name)
       text = f"{was.get(name, [''])[0]} -> {becomes.get(name, [''])[0]}"
       if checkout.is_staged(name):
@@ -212,7 +179,8 @@ def status(checkout: Checkout) -> str:
       text = textwrap.indent(wrapped(f"{name}: {text}", "  ", ""), " " * 6)
       lines.append(text.rstrip())
     options = " ".join(f"--loss {n}" for n in proposal.losses)
+    if proposal is RANK_RULE:
+      options = "--rank-rule"
     if after.changed(before):
-      options = options or "--rank-rule"
       lines.append(f"    optax-masking stage CHECKOUT {options}")
   return "\n".join(lines) + "\n"
