@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,13 +115,26 @@ def dice_loss(
   )
 
 
-def _masked_pixels(predictions, targets, where, apply_softmax, channel=False):
-  """Probabilities and targets that are 0 where masked, and the full mask.
+class _Sums(NamedTuple):
+  """Sums over the pixels of each class, and whether there is a pixel."""
+
+  intersection: jax.Array
+  predictions: jax.Array
+  targets: jax.Array
+  included: jax.Array
+
+
+def _sums_over_pixels(
+  predictions, targets, where, axis, apply_softmax, *, channel=False
+):
+  """Sums probabilities and targets, which are 0 where masked.
 
   With `channel`, both get an axis for their only class.
   """
   shape = _shape_of_pixels(predictions, targets, channel)
   mask = Mask(where, -1, jax.ShapeDtypeStruct(shape, bool))
+  if axis is None:
+    axis = tuple(range(1, len(shape) - 1))
 
   def masked(x):
     if np.ndim(x) == len(shape):
@@ -128,16 +142,23 @@ def _masked_pixels(predictions, targets, where, apply_softmax, channel=False):
     pixels = Mask(jnp.squeeze(mask.where, -1), (), x)
     return jnp.expand_dims(pixels(x, 0), -1)
 
-  if not apply_softmax:
-    probabilities = masked(predictions)
-  elif shape[-1] == 1:
-    probabilities = mask(jax.nn.sigmoid(masked(predictions)), 0)
-  else:
-    if not jnp.issubdtype(jnp.result_type(predictions), jnp.floating):
-      predictions = jnp.asarray(predictions, float)
-    filled = mask(predictions, below_maximum)
-    probabilities = mask(jax.nn.softmax(filled), 0)
-  return probabilities, masked(targets), jnp.broadcast_to(mask.where, shape)
+  def probabilities(x):
+    if not apply_softmax:
+      return masked(x)
+    if shape[-1] == 1:
+      return mask(jax.nn.sigmoid(masked(x)), 0)
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+      x = jnp.asarray(x, float)
+    return mask(jax.nn.softmax(mask(x, below_maximum)), 0)
+
+  # The backward pass computes the probabilities again, and does not keep them.
+  @jax.checkpoint
+  def sums(x, t):
+    p, t = probabilities(x), masked(t)
+    return jnp.sum(p * t, axis), jnp.sum(p, axis), jnp.sum(t, axis)
+
+  included = jnp.any(jnp.broadcast_to(mask.where, shape), axis)
+  return _Sums(*sums(predictions, targets), included)
 
 
 def _shape_of_pixels(predictions, targets, channel=False):
@@ -146,10 +167,7 @@ def _shape_of_pixels(predictions, targets, channel=False):
 
 
 def _losses_of_classes(
-  probabilities,
-  targets,
-  where,
-  axis,
+  sums,
   smooth,
   *,
   alpha=0.5,
@@ -158,22 +176,19 @@ def _losses_of_classes(
   ignore_background=False,
 ):
   """The loss of each class, 0 without a pixel, and whether there is one."""
-  if axis is None:
-    axis = tuple(range(1, probabilities.ndim - 1))
-  included = jnp.any(where, axis)
+  intersection, included = sums.intersection, sums.included
   # A class without a pixel: all sums are 0, so smooth = 1 makes it 1 - 1/1 = 0.
   smooth = select(included, smooth, 1)
   alpha = select(included, alpha, 1)
   beta = select(included, beta, 1)
-  intersection = jnp.sum(probabilities * targets, axis)
-  false_positives = jnp.sum(probabilities, axis) - intersection
-  false_negatives = jnp.sum(targets, axis) - intersection
+  false_positives = sums.predictions - intersection
+  false_negatives = sums.targets - intersection
   losses = 1 - (intersection + smooth) / (
     intersection + alpha * false_positives + beta * false_negatives + smooth
   )
   if class_weights is not None:
     losses = losses * select(included, class_weights, 1)
-  if ignore_background and probabilities.shape[-1] > 1:
+  if ignore_background and losses.shape[-1] > 1:
     losses, included = losses[..., 1:], included[..., 1:]
   return losses, included
 
@@ -233,12 +248,9 @@ def _dice_loss(
   )
   if where is None:
     return loss(predictions, targets, apply_softmax=apply_softmax)
-  p, t, mask = _masked_pixels(predictions, targets, where, apply_softmax)
+  sums = _sums_over_pixels(predictions, targets, where, axis, apply_softmax)
   losses, included = _losses_of_classes(
-    p,
-    t,
-    mask,
-    axis,
+    sums,
     smooth,
     alpha=alpha,
     beta=beta,
@@ -348,19 +360,17 @@ def _generalized_dice_loss(
     return loss(predictions, targets, apply_softmax=apply_softmax)
   if axis is not None:
     axis = _pixel_axes(axis, jnp.shape(predictions))
-  p, t, mask = _masked_pixels(predictions, targets, where, apply_softmax)
-  pixels = tuple(range(t.ndim - 1))
-  present = jnp.any(mask, pixels)
-  weights = 1 / (select(present, jnp.sum(t, pixels), 1) ** 2 + 1e-7)
+  sums = _sums_over_pixels(predictions, targets, where, axis, apply_softmax)
+  others = tuple(range(sums.targets.ndim - 1))
+  present = jnp.any(sums.included, others)
+  frequencies = select(present, jnp.sum(sums.targets, others), 1)
+  weights = 1 / (frequencies**2 + 1e-7)
   weights = select(present, weights, 0)
   total = select(jnp.any(present), jnp.sum(weights), 1)
   losses, included = _losses_of_classes(
-    p,
-    t,
-    mask,
-    axis,
+    sums,
     smooth,
-    class_weights=weights / total * _count(present, None, t.dtype),
+    class_weights=weights / total * _count(present, None, weights.dtype),
     ignore_background=ignore_background,
   )
   return jnp.sum(losses) / _count(included, None, losses.dtype)
@@ -424,8 +434,8 @@ def binary_dice_loss(
     to_axes = canonicalize_axes if channel else _pixel_axes
     axis = to_axes(axis, shape)
   where = True if where is None else where
-  p, t, mask = _masked_pixels(
-    predictions, targets, where, apply_sigmoid, channel
+  sums = _sums_over_pixels(
+    predictions, targets, where, axis, apply_sigmoid, channel=channel
   )
-  losses, _ = _losses_of_classes(p, t, mask, axis, smooth)
+  losses, _ = _losses_of_classes(sums, smooth)
   return losses[..., 0]
