@@ -22,6 +22,11 @@ def select(where: jax.Array, x: Any, fill: float) -> jax.Array:
   return jnp.where(where, x, kind(fill))
 
 
+def wide(dtype: Any) -> Any:
+  """The dtype to compute in."""
+  return jnp.dtype("float32") if jnp.finfo(dtype).bits < 32 else dtype
+
+
 def varies_along(x: Array, axes: Axes) -> bool:
   """Whether an array has more than one element along any of the axes.
 
@@ -125,7 +130,7 @@ def take_class(x: jax.Array, labels: jax.Array, axes: Axes) -> jax.Array:
     return jnp.take_along_axis(x, labels, axes[0])  # NaN if out of range.
 
   # An explicit mesh refuses to gather from an axis that it shards.
-  if len(axes) != 1 or _is_sharded(x, axes[0]):
+  if len(axes) != 1 or is_sharded(x, axes[0]):
     return compare(x, labels)
   # Except on CPUs, the comparison is fused with a loop that is there anyway.
   return on_cpus(gather, compare, x, labels)
@@ -143,7 +148,7 @@ def on_cpus(
   return jax.lax.platform_dependent(*arguments, cpu=function, default=otherwise)
 
 
-def _is_sharded(x: Array, axis: int) -> bool:
+def is_sharded(x: Array, axis: int) -> bool:
   """Whether an axis is sharded over an explicit mesh."""
   spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
   return len(spec) > axis and spec[axis] is not None

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._classes import padded, select
+from optax_masking._classes import (
+  is_sharded,
+  on_cpus,
+  padded,
+  select,
+  wide,
+)
 from optax_masking._compiled import compiled
 from optax_masking._mask import (
   Axis,
@@ -14,9 +22,33 @@ from optax_masking._mask import (
   Where,
   axes_last,
   canonicalize_axes,
+  check_floating,
 )
 from optax_masking.fills import far_below, zero_unless_empty
 from optax_masking.losses._original import original
+
+
+# Nothing but the vectors is kept for the backward pass.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _similarities(vectors):
+  """The cosines of all pairs of vectors, none of which is 0 by a mask."""
+  least = float(jnp.finfo(vectors.dtype).eps)
+
+  def product(vectors):
+    v = vectors.astype(wide(vectors.dtype))
+    squared = jnp.sum(v * v, -1, keepdims=True)
+    v = v / jnp.sqrt(jnp.maximum(squared, least))
+    return jnp.matmul(v, v.T, precision="highest").astype(vectors.dtype)
+
+  # Compilers for CPUs would make an array of the products of all pairs.
+  def elsewhere(vectors):
+    return original.cosine_similarity(
+      vectors[None], vectors[:, None], epsilon=least
+    )
+
+  if is_sharded(vectors, 1):  # An explicit mesh refuses the product.
+    return elsewhere(vectors)
+  return on_cpus(product, elsewhere, vectors)
 
 
 @compiled()
@@ -85,11 +117,9 @@ def ntxent(
       f"`embeddings` must have one axis besides the feature axes {axis}, but"
       f" have shape {vectors.shape} with these at the end."
     )
-  x = original.cosine_similarity(
-    vectors[None], vectors[:, None], epsilon=jnp.finfo(vectors.dtype).eps
-  )
-  x = x / temperature
+  check_floating("embeddings", vectors)
   included = mask.any
+  x = _similarities(vectors) / temperature
   pairs = included[:, None] & included[None] & ~jnp.eye(len(x), dtype=bool)
   same = jnp.expand_dims(labels, 1) == jnp.expand_dims(labels, 0)
   positive, negative = pairs & same, pairs & ~same
