@@ -3,6 +3,9 @@
     python -m benchmarks                       # The numbers in the README.
     python -m benchmarks --loss kl_divergence  # The same of another loss.
     python -m benchmarks --all --no-time       # Every loss, mask, shape, ...
+    python -m benchmarks --ratios --all        # A line for each loss.
+    python -m benchmarks --ratios --for h100   # Compiled for an H100.
+    timeout 480 python -m benchmarks --ratios  # On a GPU, with its speed.
 
 All numbers are of a loss under a transform, with the mask, the labels and the
 data as arguments. Ratios are to the floor: Optax without a mask.
@@ -15,11 +18,11 @@ null for numbers that were not measured:
   mask that is true, where it matters), `transform`, `dtype`, `shape` and `axis`
   from the command line; `read_as`, the shape that the loss was given;
   `n_bytes`, N, the bytes of its first argument
-- `bytes`, `flops`, `temporaries` and the numbers of operations `transpose`,
-  `scatter`, `gather` and `collective` of the compiled program; with
-  value_and_grad also `kept`, the bytes of the residuals for the backward pass,
-  and `scan`, the temporaries of the gradient through a scan: `counters.py`
-  defines all of them
+- `bytes`, `flops`, `temporaries`, `kernels` and the numbers of operations
+  `transpose`, `scatter`, `gather` and `collective` of the compiled program;
+  with value_and_grad also `kept`, the bytes of the residuals for the backward
+  pass, and `scan`, the temporaries of the gradient through a scan:
+  `counters.py` defines all of them
 - `time_s`; `eager_s`, without jit and for the shape (64, 32); `compile_s`
 - `..._ratio` to the floor, for all numbers but those of operations; for
   `time_s` and `eager_s` the median of the ratios of each round
@@ -45,7 +48,7 @@ import numpy as np
 import optax
 
 import optax_masking
-from benchmarks import cases, timing
+from benchmarks import cases, h100, timing
 from benchmarks.measuring import OPERATIONS, Row, measure, ratio_or_none
 from benchmarks.variants import FLOOR, OURS, VARIANTS
 
@@ -91,7 +94,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
   "temp/N": _number_column("temporaries_per_n"),
   "kept/N": _number_column("kept_per_n"),
   "scan/N": _number_column("scan_per_n"),
-  "t s g c": _operations_cell,
+  "k t s g c": _operations_cell,
   "ms": _number_column("time_s", scale=1e3),
   "eager ms": _number_column("eager_s", scale=1e3),
   "compile s": _number_column("compile_s"),
@@ -100,8 +103,15 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 _LEGEND = """\
 ÷ is the ratio to Optax without a mask, N the bytes of the logits.
 temp: temporaries; kept: bytes kept for the backward pass; scan: temporaries of
-the gradient through a scan of 16 steps; t s g c: numbers of transpose, scatter,
-gather and collective operations; eager: without jit, shape (64, 32)."""
+the gradient through a scan of 16 steps; k t s g c: numbers of kernels, and of
+transpose, scatter, gather and collective operations; eager: without jit, shape
+(64, 32)."""
+_RATIO_LOSSES = (
+  cases.INTEGER_LABELS,
+  "softmax_cross_entropy",
+  "sigmoid_binary_cross_entropy",
+  "kl_divergence",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,13 +119,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
   command = sys.argv[1:] if arguments is None else list(arguments)
   options = _parser().parse_args(command)
   warnings.filterwarnings("ignore", "The function convex_kl_divergence")
+  for_h100 = options.target == "h100"
+  if for_h100:
+    h100.prepare()
   device = jax.devices()[0]
   packages = (optax_masking, optax, jax, jaxlib)
-  measure_time = not options.no_time
+  measure_time = not (options.no_time or for_h100)
   on_gpu = measure_time and device.platform == "gpu"
   report: dict[str, Any] = {
     "versions": {p.__name__: p.__version__ for p in packages},
-    "device": f"{device.platform}: {device.device_kind}",
+    "device": "compiled for an H100"
+    if for_h100
+    else f"{device.platform}: {device.device_kind}",
     "command": ["python", "-m", "benchmarks", *command],
     "copy_bytes_per_s": timing.copy_speed() if on_gpu else None,
     "rows": [],
@@ -136,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         densities=grid["density"],
         variants=grid["variant"],
         measure_time=measure_time,
+        for_h100=for_h100,
       )
       for row in rows:
         copy_speed = report["copy_bytes_per_s"]
@@ -144,7 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
       report["rows"] += rows
       # An interrupted run keeps its tables.
       options.output.write_text(json.dumps(report, indent=1) + "\n")
-      print(f"\n{tables[-1][0]}\n\n{_table(rows)}", flush=True)
+      if not options.ratios:
+        print(f"\n{tables[-1][0]}\n\n{_table(rows)}", flush=True)
+  if options.ratios:
+    print(f"\n{_ratios(report['rows'])}")
+    return
   _plot(tables, options.output.with_suffix(".png"))
   print(f"\nWritten to {options.output}")
 
@@ -170,6 +190,10 @@ def _parser() -> argparse.ArgumentParser:
   hint = "all values of the options that are not given, which may take hours"
   add("--all", action="store_true", help=hint)
   add("--no-time", action="store_true", help="only the counters")
+  hint = "a line for each loss: row mask / full mask, relative to no mask"
+  add("--ratios", action="store_true", help=hint)
+  hint = "h100: the counters of a program for an H100, which need not be there"
+  add("--for", dest="target", choices=("here", "h100"), help=hint)
   output = pathlib.Path(__file__).with_name("results.json")
   hint = "where to write the JSON, with a plot beside it if there is matplotlib"
   add("--output", type=_output, default=output, help=f"{hint} ({output.name})")
@@ -196,6 +220,11 @@ def _output(text: str) -> pathlib.Path:
 
 def _grids(options: argparse.Namespace) -> list[dict[str, Sequence[Any]]]:
   selected = {name: getattr(options, name) for name in _GRID}
+  if options.ratios:
+    losses = cases.LOSSES if options.all else _RATIO_LOSSES
+    usual = {name: values for name, (_, values) in _GRID.items()}
+    grid = {**usual, "loss": losses, "variant": (OURS,)}
+    return [grid | {n: v for n, v in selected.items() if v}]
   grid = {
     name: selected[name] or (every if options.all else usual)
     for name, (every, usual) in _GRID.items()
@@ -232,6 +261,32 @@ def _table(rows: list[Row]) -> str:
       columns.append([head, "-" * (width - 1) + ":", *cells])
   lines_of_cells = zip(*columns, strict=True)
   return "\n".join(f"| {' | '.join(cells)} |" for cells in lines_of_cells)
+
+
+def _ratios(rows: list[Row]) -> str:
+  """A table in Markdown: the ratios of a row mask / a full mask."""
+  dtypes = dict.fromkeys(row["dtype"] for row in rows)
+  heads_of = {
+    "bytes_ratio": "bytes",
+    "time_s_ratio": "time",
+    "copy_ratio": "of a copy's bytes a second",
+  }
+  numbers = [n for n in heads_of if rows[0][n] is not None]
+  columns = list(itertools.product(numbers, dtypes))
+  heads = [f"{heads_of[n]}, {dtype}" for n, dtype in columns]
+  lines = [f"| loss | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+  for loss in dict.fromkeys(row["loss"] for row in rows):
+    cells = []
+    for number, dtype in columns:
+      found = [
+        _number_column(number)(row)
+        for row in rows
+        if (row["loss"], row["dtype"]) == (loss, dtype)
+        and row["mask"] != "none"
+      ]
+      cells.append(" / ".join(found))
+    lines.append(f"| {loss} | {' | '.join(cells)} |")
+  return "\n".join(lines)
 
 
 def _plot(tables: Sequence[tuple[str, list[Row]]], path: pathlib.Path) -> None:

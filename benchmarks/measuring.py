@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, timing
+from benchmarks import cases, h100, timing
 from benchmarks.counters import counters_of, residual_bytes, scanned_temporaries
 from benchmarks.variants import FLOOR, VARIANTS, is_measured
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 IN_BYTES = ("bytes", "temporaries", "kept", "scan")
 TIMES = ("time_s", "eager_s", "compile_s")
-OPERATIONS = ("transpose", "scatter", "gather", "collective")
+OPERATIONS = ("kernels", "transpose", "scatter", "gather", "collective")
 _EAGER_SHAPE = (64, 32)
 _ANY_DENSITY = 0.5  # For measurements that do not depend on the density.
 
@@ -30,6 +30,7 @@ def measure(
   densities: Sequence[float],
   variants: Sequence[str],
   measure_time: bool,
+  for_h100: bool = False,
 ) -> list[Row]:
   """Measures the rows of one table.
 
@@ -42,6 +43,7 @@ def measure(
     densities: Fractions of the masks that are true.
     variants: Names of the variants.
     measure_time: Whether to measure times, too.
+    for_h100: Whether to compile for an H100, which need not be there.
 
   Returns:
     The rows of the JSON, the floor first.
@@ -58,7 +60,7 @@ def measure(
   pairs = itertools.product(masks, variants)
   pairs = (pair for pair in pairs if is_measured(*pair, loss))
   for mask, variant in (("none", FLOOR), *pairs):
-    counters, program = _compiled(case, variant, mask, transform)
+    counters, program = _compiled(case, variant, mask, transform, for_h100)
     if not measure_time:
       program, counters["compile_s"] = None, None
     rows_of_program: list[Row] = []
@@ -92,17 +94,18 @@ def _inputs(case, mask, density, transform):
   return (inputs[0], *inputs) if transform == "jvp" else inputs
 
 
-def _compiled(case, variant, mask, transform):
+def _compiled(case, variant, mask, transform, for_h100):
   """The counters of a variant and its program, None if it does not compile."""
   inputs = _inputs(case, mask, _ANY_DENSITY, transform)
   try:
     loss = VARIANTS[variant](case)
     function = jax.jit(cases.TRANSFORMS[transform](loss))
     start = time.perf_counter()
-    program = function.lower(*inputs).compile()
+    lower = h100.lowered if for_h100 else lambda f, inputs: f.lower(*inputs)
+    program = lower(function, inputs).compile()
     counters = {"error": None, "compile_s": time.perf_counter() - start}
     counters |= counters_of(program)
-    if transform == "value_and_grad":
+    if transform == "value_and_grad" and not for_h100:
       counters["kept"] = residual_bytes(loss, *inputs)
       counters["scan"] = scanned_temporaries(loss, inputs)
   except Exception as error:  # A variant may not support the mask.
