@@ -14,18 +14,14 @@ from optax_masking._classes import (
   class_is_included,
   class_of_example,
   flat_index,
-  on_cpus,
   take_class,
   varies_along,
+  wide,
 )
-from optax_masking._mask import Mask
-
-# The backward pass keeps the logits and their normalizer, and computes the
-# softmax anew, in one loop. The exponentials take most of the time. Without
-# barriers XLA computes them once, if the forward and the backward pass are one
-# program. With the barriers of `jax.checkpoint` XLA computes more and writes
-# less, which is better for `_probabilities_loss`.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+from optax_masking._derivatives import elementwise, with_partials
+from optax_masking._mask import Mask, axes_last
+from optax_masking.fills import below_maximum
+from optax_masking.losses._original import original
 
 
 def softmax_cross_entropy_of_class(
@@ -47,19 +43,20 @@ def softmax_cross_entropy_of_class(
   classes = class_of_example(labels, shape, axes)
   # An example whose own class is masked counts as masked.
   included = class_is_included(classes, where, shape, axes)
-  loss, _, _ = _class_loss(logits, classes, where & included, included, axes)
+  loss, *_ = _class_loss(axes, where & included, logits, classes, included)
   # The tangent of an example that is masked as a whole may be NaN.
   return _rounded(jnp.squeeze(jnp.where(included, loss, 0), axes), dtype)
 
 
 def softmax_cross_entropy_of_probabilities(
-  mask: Mask, logits: Any, labels: Any
+  mask: Mask, logits: Any, labels: Any, *, safe: bool = False
 ) -> jax.Array:
   r"""Cross-entropy of a softmax and probabilities.
 
   With :math:`\log p_j` of `_normalizer` it is :math:`-\sum_j y_j \log p_j`, and
   its derivative
   :math:`\sum_j (p_j \sum_k y_k - y_j) \, dx_j - \sum_j \log p_j \, dy_j`.
+  If it is `safe`, a label of 0 adds 0 for a logit of minus infinity, too.
   """
   where, axes, shape = mask.where, mask.axes, mask.shape
   mask.check_axis_of(logits, "logits")
@@ -69,7 +66,7 @@ def softmax_cross_entropy_of_probabilities(
   if jnp.issubdtype(labels.dtype, jnp.complexfloating):
     raise TypeError(f"`labels` must be real, but has dtype {labels.dtype}.")
   if not jnp.issubdtype(labels.dtype, jnp.floating):
-    labels = labels.astype(_wide(logits.dtype))
+    labels = labels.astype(wide(logits.dtype))
   logits = jnp.expand_dims(logits, range(len(shape) - logits.ndim))
   # Logits that broadcast along a class axis are one class for several labels.
   one = tuple(a for a in axes if logits.shape[a] == 1 != shape[a])
@@ -81,7 +78,8 @@ def softmax_cross_entropy_of_probabilities(
   labels = jnp.broadcast_to(labels, shape)
   if jnp.finfo(labels.dtype).bits > 32:  # In the wider of the two.
     logits = logits.astype(labels.dtype)
-  loss, _, _ = _probabilities_loss(logits, labels, where, axes)
+  masked_loss = _safe_loss if safe else _probabilities_loss
+  loss, *_ = masked_loss(axes, where, logits, labels)
   included = jnp.any(where, axes, keepdims=True)
   return _rounded(jnp.squeeze(jnp.where(included, loss, 0), axes), dtype)
 
@@ -98,8 +96,9 @@ def sigmoid_cross_entropy(mask: Mask, logits: Any, labels: Any) -> jax.Array:
   dtype = logits.dtype  # To which Optax converts the labels.
   logits, labels = jnp.broadcast_arrays(logits, labels)
   if not jnp.issubdtype(labels.dtype, jnp.floating):
-    labels = labels.astype(_wide(logits.dtype))
-  return _rounded(_binary_loss(logits, labels, mask.where), dtype)
+    labels = labels.astype(wide(logits.dtype))
+  losses = mask.out(_binary_loss(mask.where, logits, labels))
+  return _rounded(losses, dtype)
 
 
 def _rounded(loss, dtype):
@@ -107,9 +106,7 @@ def _rounded(loss, dtype):
   return loss if loss.dtype == dtype else loss.astype(dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _class_loss(logits, labels, where, included, axes):
-  """The loss, and the normalizer to compute the softmax anew from."""
+def _class_value(axes, where, logits, labels, included):
   top, total = _normalizer(logits, where, axes)
   if varies_along(where, axes):
     # A label that names no class makes the loss NaN, but not if none is left.
@@ -122,76 +119,93 @@ def _class_loss(logits, labels, where, included, axes):
   return jnp.where(included, loss, 0), top, total
 
 
-@_class_loss.defjvp
-def _(axes, primals, tangents):
-  logits, labels, where, _ = primals
-  loss, top, total = _class_loss(*primals, axes)
-
-  @_recomputed
-  def derivative(dx, logits, top, total):
-    p = _softmax(logits, top, total, where, axes)
-    is_label = (flat_index(logits.shape, axes) == labels) & where
-    dx = _replace_masked_classes(dx, where, axes, 0, p.dtype)
-    return jnp.sum((p - is_label.astype(p.dtype)) * dx, axes, keepdims=True)
-
-  zero = jnp.zeros_like(total)
-  derivatives = derivative(tangents[0], logits, top, total), zero, zero
-  return (loss, top, total), derivatives
+def _class_by_logits(axes, where, tangent, arrays, statistics):
+  logits, labels, _ = arrays
+  p = _softmax(logits, *statistics, where, axes)
+  is_label = (flat_index(logits.shape, axes) == labels) & where
+  dx = _replace_masked_classes(tangent, where, axes, 0, p.dtype)
+  return jnp.sum((p - is_label.astype(p.dtype)) * dx, axes, keepdims=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _probabilities_loss(logits, labels, where, axes):
-  """The loss, and the normalizer to compute the softmax anew from."""
+def _probabilities_value(axes, where, logits, labels, *, safe=False):
   top, total = _normalizer(logits, where, axes)
   total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
   total += 0 * jnp.log(total)  # NaN if a logit is infinite.
-  # Without barriers XLA for CPUs would write the terms that two sums share.
-  barrier = functools.partial(
-    on_cpus, jax.lax.optimization_barrier, lambda x: x
-  )
+  # Without barriers XLA would write the terms that two sums share.
+  barrier = jax.lax.optimization_barrier
   shifted = _shifted(logits, barrier(top), where, axes)
   labels = _replace_masked_classes(labels, where, axes, 0, top.dtype)
+  if safe:
+    shifted = jnp.where(labels == 0, 0, shifted)
   terms = labels * (barrier(jnp.log(total)) - shifted)
   # Selected last, for XLA to write these and not both factors.
   terms = _replace_masked_classes(terms, where, axes, 0, top.dtype)
   return jnp.sum(terms, axes, keepdims=True), top, total
 
 
-# The `shard_map` of older versions refuses symbolic zeros, which save the
-# derivative of constant labels.
-@functools.partial(
-  _probabilities_loss.defjvp, symbolic_zeros=hasattr(jax, "shard_map")
-)
-def _(axes, primals, tangents):
-  logits, labels, where = primals
-  loss, top, total = _probabilities_loss(logits, labels, where, axes)
-
+def _probabilities_by_logits(axes, where, tangent, arrays, statistics):
   @jax.checkpoint
-  def by_logits(dx, logits, labels, weight, normalizer):
-    top, total = normalizer
+  def derivative(dx, logits, labels, weight, top, total):
     p = _softmax(logits, top, total, where, axes)
     labels = jnp.where(where, labels, 0).astype(p.dtype)
     dx = _replace_masked_classes(dx, where, axes, 0, p.dtype)
     mean = weight * jnp.sum(p * dx, axes, keepdims=True)
     return mean - jnp.sum(labels * dx, axes, keepdims=True)
 
+  logits, labels = arrays
+  included = jnp.any(where, axes, keepdims=True)
+  dtype = statistics[0].dtype
+  weight = _replace_masked_classes(labels, where, axes, 0, dtype)
+  weight = jnp.where(included, jnp.sum(weight, axes, keepdims=True), 0)
+  return derivative(tangent, logits, labels, weight, *statistics)
+
+
+def _probabilities_by_labels(axes, where, tangent, arrays, statistics):
   @jax.checkpoint
-  def by_labels(dy, logits, top, total):
+  def derivative(dy, logits, top, total):
     log_p = _log_softmax(logits, top, total, where, axes)
     dy = _replace_masked_classes(dy, where, axes, 0, log_p.dtype)
     return -jnp.sum(log_p * dy, axes, keepdims=True)
 
-  dx, dy, _ = tangents
-  zero = derivative = jnp.zeros_like(total)
-  if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
-    included = jnp.any(where, axes, keepdims=True)
-    weight = _replace_masked_classes(labels, where, axes, 0, zero.dtype)
-    weight = jnp.sum(weight, axes, keepdims=True)
-    weight = jnp.where(included, weight, 0)
-    derivative += by_logits(dx, logits, labels, weight, (top, total))
-  if not isinstance(dy, jax.custom_derivatives.SymbolicZero):
-    derivative += by_labels(dy, logits, top, total)
-  return (loss, top, total), (derivative, zero, zero)
+  logits, _ = arrays
+  return derivative(tangent, logits, *statistics)
+
+
+# Compilers for GPUs fuse these as well as they fuse Optax's losses.
+def _probabilities_formula(axes, where, logits, labels):
+  x, y = below_maximum(logits, where, axes), jnp.where(where, labels, 0)
+  loss = original.softmax_cross_entropy(x, y, axes)
+  return jnp.expand_dims(loss, axes)
+
+
+def _safe_formula(axes, where, logits, labels):
+  x, y = below_maximum(logits, where, axes), jnp.where(where, labels, 0)
+  loss = original.safe_softmax_cross_entropy(*axes_last(axes, x, y))
+  return jnp.expand_dims(loss, axes)
+
+
+def _class_formula(axes, where, logits, labels, included):
+  x = below_maximum(logits, where, axes)
+  # As in `log_softmax`: compilers fuse the maximum with the sum.
+  x -= jax.lax.stop_gradient(jnp.max(x, axes, keepdims=True))
+  normalizer = jnp.log(jnp.sum(jnp.exp(x), axes, keepdims=True))
+  is_label = (flat_index(x.shape, axes) == labels) & where
+  own = jnp.sum(jnp.where(is_label, x, 0), axes, keepdims=True)
+  return jnp.where(included, normalizer - own, 0)
+
+
+_class_loss = with_partials(
+  _class_value, _class_by_logits, formula=_class_formula
+)
+_probabilities_loss, _safe_loss = (
+  with_partials(
+    value, _probabilities_by_logits, _probabilities_by_labels, formula=formula
+  )
+  for value, formula in (
+    (_probabilities_value, _probabilities_formula),
+    (functools.partial(_probabilities_value, safe=True), _safe_formula),
+  )
+)
 
 
 def _normalizer(logits, where, axes):
@@ -203,7 +217,7 @@ def _normalizer(logits, where, axes):
   is none, 0 takes its place.
   """
   scaled, scale, least = _scaled(logits, where, axes)
-  top = jnp.max(scaled, axes, keepdims=True).astype(_wide(logits.dtype))
+  top = jnp.max(scaled, axes, keepdims=True).astype(wide(logits.dtype))
   top = jnp.where((least < top) & (top < jnp.inf), top, 0) * scale
   terms = _exponentials(logits, top, where, axes)
   return top, jnp.sum(terms, axes, keepdims=True)
@@ -224,9 +238,9 @@ def _scaled(logits, where, axes):
   """
   if not varies_along(where, axes):
     return logits, 1, -jnp.inf
-  wide = _wide(logits.dtype)
-  quarters = _replace_masked_classes(logits, where, axes, 0, wide) / 4
-  least = 0.75 * float(jnp.finfo(wide).min)
+  dtype = wide(logits.dtype)
+  quarters = _replace_masked_classes(logits, where, axes, 0, dtype) / 4
+  least = 0.75 * float(jnp.finfo(dtype).min)
   return jnp.where(where, quarters, least), 4, least
 
 
@@ -289,37 +303,6 @@ def _replace_masked_classes(x, where, axes, fill, dtype):
   return jnp.where(where, x, fill)
 
 
-def _wide(dtype):
-  """The dtype to compute in."""
-  return jnp.dtype("float32") if jnp.finfo(dtype).bits < 32 else dtype
-
-
-@jax.custom_jvp
-def _binary_loss(logits, labels, where):
-  x, y = (_selected(a, where) for a in (logits, labels))
-  softplus = jnp.log1p(jnp.exp(-jnp.abs(x)))
-  minus_log_p = jnp.maximum(-x, 0) + softplus
-  minus_log_not_p = jnp.maximum(x, 0) + softplus
-  return jnp.where(where, y * minus_log_p + (1 - y) * minus_log_not_p, 0)
-
-
-@_binary_loss.defjvp
-def _(primals, tangents):
-  @_recomputed
-  def derivative(dx, dy, logits, labels, where):
-    x, y, dx, dy = (_selected(a, where) for a in (logits, labels, dx, dy))
-    p, not_p = _sigmoids(x)
-    # p - y would cancel: at a label of 1 it is -not_p, which may be 1e-9.
-    slope = (1 - y) * p - y * not_p
-    return jnp.where(where, slope * dx - x * dy, 0)
-
-  return _binary_loss(*primals), derivative(*tangents[:2], *primals)
-
-
-def _selected(x, where):
-  return jnp.where(where, x, 0).astype(_wide(x.dtype))
-
-
 @jax.custom_jvp
 def _sigmoids(logits):
   r"""The sigmoids of logits and of their negatives.
@@ -342,3 +325,31 @@ def _(primals, tangents):
   p, not_p = _sigmoids(*primals)
   derivative = p * not_p * tangents[0]
   return (p, not_p), (derivative, -derivative)
+
+
+def _binary_cross_entropy(logits, labels):
+  x, y = _widened(logits, labels)
+  softplus = jnp.log1p(jnp.exp(-jnp.abs(x)))
+  minus_log_p = jnp.maximum(-x, 0) + softplus
+  minus_log_not_p = jnp.maximum(x, 0) + softplus
+  return y * minus_log_p + (1 - y) * minus_log_not_p
+
+
+def _slope_by_logits(logits, labels):
+  x, y = _widened(logits, labels)
+  p, not_p = _sigmoids(x)
+  # p - y would cancel: at a label of 1 it is -not_p, which may be 1e-9.
+  return (1 - y) * p - y * not_p
+
+
+def _slope_by_labels(logits, labels):
+  return -_widened(logits, labels)[0]
+
+
+def _widened(*arrays):
+  return [x.astype(wide(x.dtype)) for x in arrays]
+
+
+_binary_loss = elementwise(
+  _binary_cross_entropy, _slope_by_logits, _slope_by_labels, fills=(0, 0)
+)

@@ -62,11 +62,11 @@ def below_maximum(
   first class, at 0, and one with a larger logit than `largest` is not shifted.
   """
   if varies_along(where, axes) and 0 not in jnp.shape(x):
-    x = _not_maximum(x, where, axes)
-    top = jnp.max(jax.lax.stop_gradient(x), axes, keepdims=True)
+    top = _maximum(x, where, axes)
     # An included logit of +inf is left for the loss to deal with.
     largest = min(largest, float(jnp.finfo(top.dtype).max))
-    x = x - jnp.where(top > largest, 0, top)
+    top = jnp.where(top > largest, 0, top)
+    x = jnp.where(where, x, top) - top
   return _keep_first(jnp.where(where, x, masked), where, axes, 0.0)
 
 
@@ -84,8 +84,10 @@ def far_below(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
     return jnp.asarray(x)
   info = jnp.finfo(jnp.result_type(x))
   least = float(info.min)
-  included = jax.lax.stop_gradient(_not_maximum(x, where, axes))
-  top = jnp.max(included, axes, keepdims=True)
+  if not varies_along(where, axes):
+    x = jnp.where(where, x, -min(1e4, float(info.max) / 512))
+    return _keep_first(x, where, axes, 0.0)
+  top = _maximum(x, where, axes)
   finite = jnp.clip(top, least / 2, -least)
   # An eighth is more than bfloat16 rounds off; float16 has no room for 10,000.
   lower = finite - jnp.abs(finite) / 8 - min(1e4, float(info.max) / 512)
@@ -104,14 +106,18 @@ def zero_unless_empty(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
   return _keep_first(jnp.where(where, x, 0.0), where, axes, 1.0)
 
 
-def _not_maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
-  """Keeps masked elements from deciding the maximum of a slice.
+def _maximum(x: Array, where: jax.Array, axes: Axes) -> jax.Array:
+  """The largest included element of each slice, or 0 if nothing is included.
 
-  Nor may an infinite constant: they are replaced by 0 or the least included
-  element, the lower of them.
+  Quarters leave room for a number below all that are finite.
   """
-  included = jax.lax.stop_gradient(jnp.where(where, x, 0))
-  return jnp.where(where, x, jnp.min(included, axes, keepdims=True))
+  quarters = jnp.where(where, jax.lax.stop_gradient(x), 0) / 4
+  least = 0.75 * float(jnp.finfo(quarters.dtype).min)
+  top = jnp.max(jnp.where(where, quarters, least), axes, keepdims=True)
+  none_finite = top <= least
+  some = jnp.any(where, axes, keepdims=True)
+  top = 4 * jnp.where(none_finite, 0, top)
+  return jnp.where(none_finite & some, -jnp.inf, top)
 
 
 def _keep_first(

@@ -981,10 +981,10 @@ class SafeSoftmaxTest(parameterized.TestCase):
     # In forward mode Optax has NaN: 0, the tangent of the labels, times the
     # logarithm of 0. It does not get out of the example.
     tangent = jnp.ones_like(x)
-    np.testing.assert_array_equal(
-      jnp.isnan(jax.jvp(got, (x,), (tangent,))[1]),
-      jnp.isnan(jax.jvp(expected, (x,), (tangent,))[1]),
+    got_nan, optax_nan = (
+      jnp.isnan(jax.jvp(loss, (x,), (tangent,))[1]) for loss in (got, expected)
     )
+    assert not (got_nan & ~optax_nan).any()
 
 
 @functools.cache
@@ -1038,7 +1038,9 @@ class ScoresTest(parameterized.TestCase):
     got, expected = without_second_class(name)
     with jax.debug_nans(True), jax.debug_infs(True):
       value, gradient = got(np.insert(scores, 1, NAN), np.array(2))
-    right, slope = expected(scores, np.array(1))
+    # In float16 Optax loses the margin, which float32 has room for.
+    wide = jnp.promote_types(dtype, "float32")
+    right, slope = expected(scores.astype(wide), np.array(1))
     assert_close(value, right, dtype)
     assert_close(gradient, np.insert(slope, 1, 0), dtype)
 

@@ -74,7 +74,9 @@ class OneHotTest(chex.TestCase):
         case, arguments, lambda x: case.loss(*x, where=WHERE)
       )
     )()
-    assert_all_close(got, expected, "float32")
+    # The gradient of a cosine is the difference of two larger numbers.
+    roundings = 32 if case.name == "cosine_similarity" else 16
+    assert_all_close(got, expected, "float32", roundings)
 
 
 if __name__ == "__main__":

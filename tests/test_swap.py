@@ -334,7 +334,7 @@ class SwapTest(parameterized.TestCase):
     self.assertNotEmpty(loaded)
     for name in loaded:
       self.assertStartsWith(name, "optax_masking")
-    self.assertLessEqual(len(loaded), 21)
+    self.assertLessEqual(len(loaded), 22)
 
 
 if __name__ == "__main__":

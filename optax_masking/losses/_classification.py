@@ -10,6 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_masking._classes import (
+  class_is_included,
+  class_of_example,
+  expanded,
+  flat_index,
+  select,
+  wide,
+)
 from optax_masking._compiled import compiled
 from optax_masking._cross_entropy import (
   sigmoid_cross_entropy,
@@ -17,8 +25,9 @@ from optax_masking._cross_entropy import (
   softmax_cross_entropy_of_probabilities,
 )
 from optax_masking._decorator import masked_inputs
-from optax_masking._mask import Axis, Mask, Where, axes_last
-from optax_masking.fills import PerExample, below_maximum, far_below
+from optax_masking._derivatives import elementwise, with_partials
+from optax_masking._mask import Axis, Mask, Where, axes_last, check_floating
+from optax_masking.fills import PerExample, below_maximum
 from optax_masking.losses._original import original
 
 
@@ -278,10 +287,7 @@ def sigmoid_focal_loss(
   return original.sigmoid_focal_loss(logits, labels, alpha=alpha, gamma=gamma)
 
 
-# exp(logit) is 0 and so is its derivative: the class is not in the normalizer.
-# Its log probability is finite, so that a label of 0 removes it from the sum.
 @compiled()
-@masked_inputs(logits=below_maximum, labels=0.0)
 def safe_softmax_cross_entropy(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -329,8 +335,11 @@ def safe_softmax_cross_entropy(
   .. seealso::
     :func:`softmax_cross_entropy`
   """
-  logits, labels = axes_last(axis, logits, labels)
-  return original.safe_softmax_cross_entropy(logits, labels)
+  mask = Mask(where, axis, logits, labels)
+  if where is None or 0 in mask.shape:
+    x, y = axes_last(axis, logits, labels)
+    return mask.out(original.safe_softmax_cross_entropy(x, y))
+  return softmax_cross_entropy_of_probabilities(mask, logits, labels, safe=True)
 
 
 @compiled()
@@ -470,6 +479,66 @@ def _loss_of_class(loss, fill, scores, labels, *, axis, where):
   return mask.out(loss(x, mask.example(labels, 0)))
 
 
+def _with_margin(scores, labels, where, margin, axes):
+  """Half of the scores with a margin, the scores, and which are the labels'.
+
+  Halves leave room for a fill below all that are finite.
+  """
+  x = select(where, scores, 0).astype(wide(scores.dtype))
+  # Sharded as the scores are.
+  index = jnp.zeros_like(x, int) + flat_index(x.shape, axes)
+  is_label = index == labels
+  halves = jnp.where(is_label, x, x + margin) / 2
+  return jnp.where(where, halves, jnp.finfo(x.dtype).min), x, is_label
+
+
+def _maximum_value(axes, where, scores, labels, included, margin):
+  where = where & included
+  halves, x, is_label = _with_margin(scores, labels, where, margin, axes)
+  top = jnp.max(halves, axes, keepdims=True)
+  some = jnp.any(where, axes, keepdims=True)
+  none_finite = top <= jnp.finfo(x.dtype).min
+  largest = 2 * jnp.where(none_finite, 0, top)
+  largest = jnp.where(none_finite & some, -jnp.inf, largest)
+  own = jnp.sum(jnp.where(is_label, x, 0), axes, keepdims=True)
+  return jnp.where(some, largest - own, 0), top
+
+
+def _maximum_by_scores(axes, where, tangent, arrays, statistics):
+  scores, labels, included, margin = arrays
+  (top,) = statistics
+  where = where & included
+  halves, _, is_label = _with_margin(scores, labels, where, margin, axes)
+  # Scores that tie for the maximum share its derivative. With nothing included
+  # all tie; if the maximum is NaN, then none does, and the derivative is NaN.
+  is_top = (halves == top).astype(top.dtype)
+  count = jnp.sum(is_top, axes, keepdims=True)
+  slope = jnp.where(where, is_top / count - is_label.astype(top.dtype), 0)
+  return jnp.sum(slope * select(where, tangent, 0), axes, keepdims=True)
+
+
+_maximum_loss = with_partials(_maximum_value, _maximum_by_scores)
+
+
+def _maximum_above_label(scores, labels, margin, *, axis, where):
+  """The maximum of scores, less that of the label, which has no margin."""
+  mask = Mask(where, axis, scores, examples=labels)
+  scores = mask.as_array(scores)
+  check_floating("scores", scores)
+  axes, shape = mask.axes, mask.shape
+  scores = jnp.broadcast_to(scores, shape)
+  classes = class_of_example(labels, shape, axes)
+  included = class_is_included(classes, mask.where, shape, axes)
+  labels = jnp.asarray(labels)
+  if jnp.issubdtype(labels.dtype, jnp.integer):
+    labels = labels.astype(classes.dtype)
+  labels = expanded(labels, len(shape), axes)
+  loss, _ = _maximum_loss(axes, mask.where, scores, labels, included, margin)
+  # Optax's labels are one-hot, in the default dtype.
+  dtype = jnp.promote_types(scores.dtype, jnp.zeros(()).dtype)
+  return jnp.squeeze(loss, mask.axes).astype(dtype)
+
+
 @compiled()
 def multiclass_hinge_loss(
   scores: jax.typing.ArrayLike,
@@ -519,15 +588,10 @@ def multiclass_hinge_loss(
     Kernel-based Vector Machines
     <https://www.jmlr.org/papers/v2/crammer01a.html>`_, 2001.
   """
-  # A score far below the maximum does not change it, nor does it with a margin.
-  return _loss_of_class(
-    original.multiclass_hinge_loss,
-    far_below,
-    scores,
-    labels,
-    axis=axis,
-    where=where,
-  )
+  if where is None:
+    x = axes_last(axis, scores)[0]
+    return original.multiclass_hinge_loss(x, labels)
+  return _maximum_above_label(scores, labels, 1, axis=axis, where=where)
 
 
 @compiled()
@@ -576,15 +640,10 @@ def multiclass_perceptron_loss(
     Collins, `Discriminative Training Methods for Hidden Markov Models
     <https://aclanthology.org/W02-1001>`_, 2002.
   """
-  # A score far below the maximum does not change it.
-  return _loss_of_class(
-    original.multiclass_perceptron_loss,
-    far_below,
-    scores,
-    labels,
-    axis=axis,
-    where=where,
-  )
+  if where is None:
+    x = axes_last(axis, scores)[0]
+    return original.multiclass_perceptron_loss(x, labels)
+  return _maximum_above_label(scores, labels, 0, axis=axis, where=where)
 
 
 # The class is not in the normalizer; a label of 0 removes both of its terms.
@@ -653,13 +712,40 @@ def poly_loss_cross_entropy(
   )
 
 
-# 1 * (log 1 - 0) = 0, with finite derivatives; log 0 would not have them.
-@compiled()
-@masked_inputs(
-  log_predictions=0.0,
-  targets=1.0,
-  refuse_ambiguous_where=True,
+# 1 * (log 1 - 0) = 0. At a target of 0 its derivative is NaN, as Optax's is.
+_kl_divergence = elementwise(
+  functools.partial(original.kl_divergence, axis=()),
+  lambda log_p, t: -t,
+  lambda log_p, t: jnp.log(t) - log_p + t / t,
+  fills=(0, 1),
 )
+# exp(0) * (0 - 0) = 0.
+_kl_divergence_with_log_targets = elementwise(
+  functools.partial(original.kl_divergence_with_log_targets, axis=()),
+  lambda log_p, log_t: -jnp.exp(log_t),
+  lambda log_p, log_t: jnp.exp(log_t) * (log_t - log_p + 1),
+  fills=(0, 0),
+)
+# 1 * (log 1 - 0) = 0, and exp(0) - 1 = 0.
+_generalized_kl_divergence = elementwise(
+  functools.partial(original.generalized_kl_divergence, axis=()),
+  lambda log_p, t: jnp.exp(log_p) - t,
+  lambda log_p, t: jnp.log(t) - log_p + (t / t - 1),
+  fills=(0, 1),
+)
+
+
+def _divergence(loss, masked_loss, predictions, targets, *, axis, where):
+  """Masks a sum over elements."""
+  if where is None:
+    return loss(predictions, targets, axis=axis)
+  mask = Mask(where, axis, predictions, targets, refuse_ambiguous_where=True)
+  x, y = mask.as_array(predictions), mask.as_array(targets)
+  # Selected once more, for XLA to fuse all of it with the sum.
+  return mask.sum(masked_loss(mask.where, x, y))
+
+
+@compiled()
 def kl_divergence(
   log_predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -709,14 +795,17 @@ def kl_divergence(
     Kullback and Leibler, `On Information and Sufficiency
     <https://www.jstor.org/stable/2236703>`_, 1951.
   """
-  return original.kl_divergence(log_predictions, targets, axis=axis)
+  return _divergence(
+    original.kl_divergence,
+    _kl_divergence,
+    log_predictions,
+    targets,
+    axis=axis,
+    where=where,
+  )
 
 
-# exp(0) * (0 - 0) = 0.
 @compiled()
-@masked_inputs(
-  log_predictions=0.0, log_targets=0.0, refuse_ambiguous_where=True
-)
 def kl_divergence_with_log_targets(
   log_predictions: jax.typing.ArrayLike,
   log_targets: jax.typing.ArrayLike,
@@ -759,18 +848,17 @@ def kl_divergence_with_log_targets(
     Kullback and Leibler, `On Information and Sufficiency
     <https://www.jstor.org/stable/2236703>`_, 1951.
   """
-  return original.kl_divergence_with_log_targets(
-    log_predictions, log_targets, axis=axis
+  return _divergence(
+    original.kl_divergence_with_log_targets,
+    _kl_divergence_with_log_targets,
+    log_predictions,
+    log_targets,
+    axis=axis,
+    where=where,
   )
 
 
-# 1 * (log 1 - 0) = 0, and exp(0) - 1 = 0.
 @compiled()
-@masked_inputs(
-  log_predictions=0.0,
-  targets=1.0,
-  refuse_ambiguous_where=True,
-)
 def generalized_kl_divergence(
   log_predictions: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -819,10 +907,13 @@ def generalized_kl_divergence(
     Boyd and Vandenberghe, `Convex Optimization
     <https://stanford.edu/~boyd/cvxbook/bv_cvxbook.pdf>`_, 2004, page 90.
   """
-  return original.generalized_kl_divergence(
+  return _divergence(
+    original.generalized_kl_divergence,
+    _generalized_kl_divergence,
     log_predictions,
     targets,
     axis=axis,
+    where=where,
   )
 
 

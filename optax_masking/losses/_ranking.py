@@ -7,9 +7,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from optax_masking._classes import without
 from optax_masking._compiled import compiled
-from optax_masking._mask import Axis, Mask, Where, axes_last
-from optax_masking.fills import below_maximum
+from optax_masking._cross_entropy import softmax_cross_entropy_of_probabilities
+from optax_masking._mask import Axis, Mask, Where, axes_last, check_floating
 from optax_masking.losses._original import original
 
 
@@ -93,6 +94,9 @@ def ranking_softmax_loss(
 @compiled()
 def _losses_of_lists(logits, labels, weights=None, *, axis, where):
   """The losses, and whether anything of each list is included."""
+  if where is None:  # To raise Optax's errors.
+    x, y, w = axes_last(axis, logits, labels, weights)
+    return original.ranking_softmax_loss(x, y, weights=w, reduce_fn=None)
   mask = Mask(
     where,
     axis,
@@ -101,8 +105,13 @@ def _losses_of_lists(logits, labels, weights=None, *, axis, where):
     weights,
     refuse_ambiguous_where=True,
   )
-  # A masked item is not in the normalizer, and a label of 0 removes its term.
-  x = mask(logits, below_maximum, "logits")
-  x, y, w = axes_last(axis, x, mask(labels, 0.0), mask(weights, 0.0))
-  losses = original.ranking_softmax_loss(x, y, weights=w, reduce_fn=None)
-  return mask.out(losses), jnp.broadcast_to(mask.any, losses.shape)
+  x = mask.as_array(logits)
+  check_floating("logits", x)
+  y = jnp.asarray(mask(labels, 0.0)).astype(x.dtype)  # As Optax does.
+  if weights is not None:
+    y = y * mask(weights, 0.0)
+  if 0 in mask.shape:
+    losses = jnp.zeros(without(mask.shape, mask.axes), y.dtype)
+  else:
+    losses = softmax_cross_entropy_of_probabilities(mask, x, y)
+  return losses, jnp.broadcast_to(mask.any, losses.shape)

@@ -6,51 +6,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._classes import select
+from optax_masking._classes import varies_along, wide
 from optax_masking._compiled import compiled
 from optax_masking._decorator import masked_inputs
+from optax_masking._derivatives import elementwise
 from optax_masking._mask import Axis, Mask, Where, check_floating
-from optax_masking.fills import zero_unless_empty
 from optax_masking.losses._original import original
 
+# At an error of 0 these losses and their slopes are 0. So masked elements need
+# no select behind the loss.
+_squared_error, _l2_loss, _log_cosh = (
+  elementwise(
+    loss,
+    lambda x, y=0, slope=slope: slope(x - y),
+    lambda x, y, slope=slope: -slope(x - y),
+    fills=(0, 0),
+  )
+  for loss, slope in (
+    (original.squared_error, lambda error: 2 * error),
+    (original.l2_loss, lambda error: error),
+    (original.log_cosh, jnp.tanh),
+  )
+)
 
-def _loss_of_error(loss, slope, predictions, targets, *, axis, where):
-  """Masks a loss of the error.
 
-  At an error of 0 the loss and its slope have to be 0. Masked errors are
-  replaced by 0 in the loop that subtracts, and the loss needs no select.
-  """
+def _loss_of_error(loss, masked_loss, predictions, targets, *, axis, where):
+  """Masks a loss of the error, with targets of 0 if there are none."""
   mask = Mask(where, axis, predictions, targets)
   if where is None:
     return mask.sum(loss(predictions, targets))
-
-  @jax.custom_jvp
-  def masked(predictions, targets, where):
-    return loss(_masked_error(predictions, targets, where), None)
-
-  @masked.defjvp
-  def _(primals, tangents):
-    predictions, targets, where = primals
-    derivative = _masked_error(tangents[0], tangents[1], where)
-    slopes = slope(_masked_error(predictions, targets, where))
-    return masked(*primals), slopes * derivative
-
-  predictions, targets = mask.as_array(predictions), mask.as_array(targets)
-  check_floating("predictions", predictions)
-  if targets is not None:
-    if not jnp.issubdtype(targets.dtype, jnp.floating):
-      # A sum, unlike a conversion, is weak where Optax's difference is.
-      targets = jnp.zeros_like(predictions, shape=()) + targets
-    predictions, targets = jnp.broadcast_arrays(predictions, targets)
-  return mask.sum(masked(predictions, targets, mask.where), zeroed=True)
-
-
-def _masked_error(predictions, targets, where):
-  predictions = select(where, predictions, 0)
-  if targets is None:
-    return predictions
-  targets = select(where, targets, 0)
-  return select(where, predictions - targets, 0)
+  x, y = mask.as_array(predictions), mask.as_array(targets)
+  check_floating("predictions", x)
+  if y is None:
+    return mask.sum(masked_loss(mask.where, x), zeroed=True)
+  if not jnp.issubdtype(y.dtype, jnp.floating):
+    # A sum, unlike a conversion, is weak where Optax's difference is.
+    y = jnp.zeros_like(x, shape=()) + y
+  return mask.sum(masked_loss(mask.where, x, y), zeroed=True)
 
 
 @compiled()
@@ -99,7 +91,7 @@ def squared_error(
   """
   return _loss_of_error(
     original.squared_error,
-    lambda error: 2 * error,
+    _squared_error,
     predictions,
     targets,
     axis=axis,
@@ -150,7 +142,7 @@ def l2_loss(
   """
   return _loss_of_error(
     original.l2_loss,
-    lambda error: error,
+    _l2_loss,
     predictions,
     targets,
     axis=axis,
@@ -253,7 +245,7 @@ def log_cosh(
   """
   return _loss_of_error(
     original.log_cosh,
-    jnp.tanh,
+    _log_cosh,
     predictions,
     targets,
     axis=axis,
@@ -261,19 +253,37 @@ def log_cosh(
   )
 
 
-def _cosine(loss, predictions, targets, epsilon, *, axis, where):
-  """A loss of vectors that are divided by their norms."""
+def _cosines(predictions, targets, epsilon, axis, where):
+  """The cosines of vectors, 0 for those with nothing included, and the mask."""
   mask = Mask(
     where, axis, predictions, targets, epsilon, refuse_ambiguous_where=True
   )
+
+  def zeros(x, where, axes):
+    del axes
+    return jnp.where(where, x, 0)
+
   # 0 adds nothing to the product or the norms. An empty vector gets norm 1.
-  x = mask(predictions, zero_unless_empty, "predictions")
-  y = mask(targets, zero_unless_empty, "targets")
-  if where is None or np.ndim(epsilon):
+  x = mask(predictions, zeros, "predictions")
+  y = mask(targets, zeros, "targets")
+  if np.ndim(epsilon):
     epsilon = mask(epsilon, 1.0)
   else:  # A number holds for each vector.
     epsilon = jnp.expand_dims(mask.example(epsilon, 1.0), mask.axes)
-  return mask.out(loss(x, y, epsilon=epsilon, axis=axis))
+  dtype = jnp.result_type(x, y, epsilon)
+  x, y = x.astype(wide(dtype)), y.astype(wide(dtype))
+  some = jnp.expand_dims(mask.any, mask.axes)
+
+  def norm(v):
+    squared = jnp.sum(v * v, mask.axes, keepdims=True)
+    return jnp.sqrt(jnp.maximum(jnp.where(some, squared, 1), epsilon))
+
+  norms = norm(x) * norm(y)
+  if varies_along(norms, mask.axes):  # An epsilon for each element.
+    cosines = jnp.sum(x * y / norms, mask.axes)
+  else:
+    cosines = jnp.sum(x * y, mask.axes) / jnp.squeeze(norms, mask.axes)
+  return cosines.astype(dtype), mask
 
 
 @compiled()
@@ -327,14 +337,12 @@ def cosine_similarity(
     `Cosine similarity <https://en.wikipedia.org/wiki/Cosine_similarity>`_,
     Wikipedia.
   """
-  return _cosine(
-    original.cosine_similarity,
-    predictions,
-    targets,
-    epsilon,
-    axis=axis,
-    where=where,
-  )
+  if where is None:
+    return original.cosine_similarity(
+      predictions, targets, epsilon=epsilon, axis=axis
+    )
+  cosines, mask = _cosines(predictions, targets, epsilon, axis, where)
+  return mask.out(cosines)
 
 
 @compiled()
@@ -378,11 +386,9 @@ def cosine_distance(
     <https://en.wikipedia.org/wiki/Cosine_similarity#Cosine_distance>`_,
     Wikipedia.
   """
-  return _cosine(
-    original.cosine_distance,
-    predictions,
-    targets,
-    epsilon,
-    axis=axis,
-    where=where,
-  )
+  if where is None:
+    return original.cosine_distance(
+      predictions, targets, epsilon=epsilon, axis=axis
+    )
+  cosines, mask = _cosines(predictions, targets, epsilon, axis, where)
+  return mask.out(1 - cosines)

@@ -6,8 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from optax_masking._compiled import compiled
+from optax_masking._derivatives import elementwise
 from optax_masking._mask import Axis, Mask, Where
 from optax_masking.losses._original import original
+
+# Any finite fills will do, since masked elements are 0 in the output.
+_smoothed = elementwise(
+  lambda labels, alpha, share: (1 - alpha) * labels + alpha / 1 * share,
+  lambda labels, alpha, share: 1 - alpha,
+  lambda labels, alpha, share: share - labels,
+  fills=(0, 0.5, 1),
+)
 
 
 @compiled()
@@ -65,14 +74,12 @@ def smooth_labels(
   if not jnp.issubdtype(jnp.result_type(labels), jnp.floating):
     return original.smooth_labels(labels, alpha)  # Optax refuses these.
   mask = Mask(where, axis, labels, alpha, refuse_ambiguous_where=True)
-  included = jnp.broadcast_to(mask.where, mask.shape)
-  count = jnp.maximum(jnp.sum(included, mask.axes, keepdims=True), 1)
-  # Any finite fill will do, since `mask.out` zeroes masked elements.
-  labels, alpha = mask(labels, 0.0), jnp.asarray(mask(alpha, 0.5))
+  count = jnp.expand_dims(jnp.maximum(mask.count(), 1), mask.axes)
   # The reciprocal is weakly typed, so that the result has the dtype of alpha;
   # the count itself may overflow in float16. Under strict promotion it must not
   # be refused, since it is no argument of the caller. Dividing alpha by 1 makes
   # an integer a float, as Optax's division by the count does.
   with jax.numpy_dtype_promotion("standard"):
     reciprocal = 1.0 / count
-  return mask.out((1 - alpha) * labels + alpha / 1 * reciprocal)
+  labels, alpha = mask.as_array(labels), mask.as_array(alpha)
+  return mask.out(_smoothed(mask.where, labels, alpha, reciprocal))
