@@ -147,6 +147,7 @@ def test_readme_links():
     for name in (
       *MASKED,
       "masked_inputs",
+      "linear_softmax_cross_entropy_with_integer_labels",
       "patch",
       "assert_mask_safe",
       "check_mask_safe",
