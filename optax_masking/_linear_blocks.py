@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Numbers in a panel or in a block of the kernel, and in a block of logits.
-PANEL, LOGITS = 2**21, 2**21
-LEAST_BLOCK = 128  # Smaller products use a fraction of a processor.
+# Rows of a block of logits. Fewer multiply slowly, and more are computed in
+# vain if only some of the last block are included.
+ROWS = 256
+# Numbers in a panel of features, and in a block of the kernel. A block of
+# logits has no more, for at most 2**13 classes.
+NUMBERS = 2**21
+LEAST, MOST = 128, 2**13  # Classes of a block.
 AxisNames = tuple[str, ...]
 
 
@@ -30,6 +34,7 @@ class Settings(NamedTuple):
   has_bias: bool
   has_rows: bool  # Whether some rows may be masked.
   has_classes: bool  # Whether some classes may be.
+  own_classes: bool  # Whether each row has a mask of its own.
   class_axes: AxisNames = ()  # Mapped axes over which classes are sharded.
 
 
@@ -46,9 +51,9 @@ class Arguments(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-  panel: int
-  rows: tuple[int, ...]  # Of blocks. The last of them fill up what is left.
-  classes: int
+  panel: int  # Rows of a panel, some blocks.
+  rows: int  # Of a block.
+  classes: int  # Of a block.
 
 
 class _Panel(NamedTuple):
@@ -89,40 +94,39 @@ def _sizes(settings: Settings, a: Arguments) -> _Sizes:
   if settings.block_shape:
     of_rows, of_classes = settings.block_shape
     panel = 2 * of_rows
-    blocks = (of_rows, max(of_rows // 4, 1))
   else:
-    of_kernel = max(PANEL // max(features, 1), LEAST_BLOCK)
-    of_classes = min(of_kernel, 16 * LEAST_BLOCK)
-    of_rows = max(min(of_kernel, LOGITS // of_classes), LEAST_BLOCK)
-    panel = max(of_kernel, of_rows)
-    blocks = (of_rows, LEAST_BLOCK)
+    most = NUMBERS // max(features, 1)
+    of_rows, of_classes = ROWS, min(max(most, LEAST), MOST)
+    panel = min(max(most, of_rows), 2 * MOST)
+  of_rows = min(of_rows, max(rows, 1))
   # As even as possible, since the last block has classes of the one before.
   of_classes = math.ceil(classes / math.ceil(classes / of_classes))
   if not settings.block_shape:
     of_classes = min(math.ceil(of_classes / 16) * 16, classes)
-  panel = min(panel, math.ceil(max(rows, 1) / blocks[-1]) * blocks[-1])
-  kept = dict.fromkeys(b for b in blocks if b <= panel)
-  panel = math.ceil(panel / max(kept)) * max(kept)
-  return _Sizes(panel, tuple(kept), of_classes)
+  blocks = min(panel // of_rows, math.ceil(rows / of_rows))
+  return _Sizes(max(blocks, 1) * of_rows, of_rows, of_classes)
 
 
 def varying(x: Any, axes: frozenset[str]) -> Any:
   """Marks an array as one that varies over mapped axes of `shard_map`."""
-  axes = axes - frozenset(getattr(jax.typeof(x), "vma", ()))
+  axes = axes - axes_of(x)
   return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def axes_of(*arrays: Any) -> frozenset[str]:
   """The mapped axes over which some of the arrays vary."""
-  if not hasattr(jax, "typeof"):  # An older JAX.
-    return frozenset()
-  return frozenset().union(*(getattr(jax.typeof(x), "vma", ()) for x in arrays))
+  axes: frozenset[str] = frozenset()
+  for x in arrays if hasattr(jax, "typeof") else ():
+    kind = jax.typeof(x)
+    # Where it is depends on the version of JAX.
+    named = getattr(kind, "manual_axis_type", None)
+    axes |= frozenset(getattr(named, "varying", getattr(kind, "vma", ())))
+  return axes
 
 
 def _full(shape: Any, value: float, dtype: Any, like: Any) -> jax.Array:
   """A constant that varies as an array does: a loop begins with it."""
-  x = jnp.full(shape, value, dtype)
-  return varying(x, axes_of(like)) if axes_of(like) else x
+  return varying(jnp.full(shape, value, dtype), axes_of(like))
 
 
 def _order(settings: Settings, a: Arguments, sizes: _Sizes) -> Any:
@@ -143,6 +147,7 @@ def _panels(
   """Calls `body(panel, carry)` for each panel with something included."""
   order, count = _order(settings, a, sizes)
   first, classes = first_class(settings, a)
+  stored = _as_stored(a.features)
 
   def step(i, carry):
     index = jax.lax.dynamic_slice(order, (i * sizes.panel,), (sizes.panel,))
@@ -154,14 +159,25 @@ def _panels(
     def taken(x):
       return x.at[index].get(mode="fill", fill_value=0)
 
-    features = jnp.where(included[:, None], taken(a.features), 0)
-    features = features.astype(_dtypes(a)[0])
+    features = jax.lax.bitcast_convert_type(taken(stored), a.features.dtype)
+    features = jnp.where(included[:, None], features, 0).astype(_dtypes(a)[0])
     labels, of_row = taken(a.labels), taken(a.classes_of_row)
     named = labels < classes
     panel = _Panel(index, here, features, labels - first, named, of_row)
     return body(panel, carry)
 
   return jax.lax.fori_loop(0, -(-count // sizes.panel), step, carry)
+
+
+def _as_stored(x: jax.Array) -> jax.Array:
+  """Half precision as integers of the same bits, and else the array itself.
+
+  A loop that takes or replaces parts of an array in half precision would have
+  XLA for CPUs keep all of it in float32.
+  """
+  if jnp.finfo(x.dtype).bits != 16:
+    return x
+  return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
 def _class_blocks(
@@ -171,10 +187,12 @@ def _class_blocks(
   features, classes = a.kernel.shape
   size = sizes.classes
   used = used_classes(settings, a)
+  stored = _as_stored(a.kernel)
 
   def step(i, carry):
     start = jnp.minimum(i * size, classes - size)
-    kernel = jax.lax.dynamic_slice(a.kernel, (0, start), (features, size))
+    kernel = jax.lax.dynamic_slice(stored, (0, start), (features, size))
+    kernel = jax.lax.bitcast_convert_type(kernel, a.kernel.dtype)
     bias = jax.lax.dynamic_slice(a.bias, (start,), (size,))
     first = i * size - start if classes % size else None
     used_here = None
@@ -190,22 +208,13 @@ def _class_blocks(
   return jax.lax.fori_loop(0, -(-classes // size), step, carry)
 
 
-def _row_blocks(count: Any, sizes: _Sizes, body: Any, carry: Any) -> Any:
-  """Calls `body(rows, carry)` until all included rows had their turn.
+def _row_blocks(count: Any, size: int, body: Any, carry: Any) -> Any:
+  """Calls `body(rows, carry)` until all included rows had their turn."""
 
-  Large blocks as long as one is full, and small ones for the rest.
-  """
-  start: Any = 0
-  for size in sizes.rows:
-    last = size == sizes.rows[-1]
-    blocks = (count - start + (size - 1) * last) // size
+  def step(i, carry):
+    return body((i * size, size), carry)
 
-    def step(i, carry, start=start, size=size):
-      return body((start + i * size, size), carry)
-
-    carry = jax.lax.fori_loop(0, blocks, step, carry)
-    start += blocks * size
-  return carry
+  return jax.lax.fori_loop(0, -(-count // size), step, carry)
 
 
 def used_classes(settings: Settings, a: Arguments) -> Any:
@@ -306,7 +315,7 @@ def losses(
         pairs = zip(sums, new, strict=True)
         return Sums(*(_replaced(x, y, rows[0]) for x, y in pairs))
 
-      return _row_blocks(panel.count, sizes, of_rows, sums)
+      return _row_blocks(panel.count, sizes.rows, of_rows, sums)
 
     zero = _full(sizes.panel, 0, dtype, a.features)
     sums = Sums(zero + jnp.finfo(dtype).min, zero, zero, zero)
@@ -448,7 +457,7 @@ def gradients(
         _full(block.bias.shape, 0, dtype, a.features),
       )
       of_features, *own = _row_blocks(
-        panel.count, sizes, of_rows, (of_features, *own)
+        panel.count, sizes.rows, of_rows, (of_features, *own)
       )
       if block.used is not None:
         own = jax.tree.map(lambda x: jnp.where(block.used, x, 0), own)
@@ -459,8 +468,9 @@ def gradients(
     own, *of_parameters = _class_blocks(
       settings, a, sizes, of_classes, (own, *of_parameters)
     )
+    own = _as_stored(own.astype(a.features.dtype))
     of_features = of_features.at[panel.index].set(
-      own.astype(of_features.dtype), mode="drop", unique_indices=True
+      own, mode="drop", unique_indices=True
     )
     return of_features, *of_parameters
 
@@ -470,9 +480,10 @@ def gradients(
     _full(x.shape, 0, x.dtype if once or not i else dtype, a.features)
     for i, x in enumerate((a.features, a.kernel, a.bias))
   )
-  found = _panels(settings, a, sizes, of_panel, zeros)
-  given = (a.features, a.kernel, a.bias)
-  return tuple(x.astype(y.dtype) for x, y in zip(found, given, strict=True))
+  zeros = _as_stored(zeros[0]), *zeros[1:]
+  x, kernel, bias = _panels(settings, a, sizes, of_panel, zeros)
+  x = jax.lax.bitcast_convert_type(x, a.features.dtype)
+  return x, kernel.astype(a.kernel.dtype), bias.astype(a.bias.dtype)
 
 
 class _Factors(NamedTuple):

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from optax_masking import _linear_blocks as blocks
+from optax_masking import (
+  _linear_blocks as blocks,
+  _linear_partitioned as partitioned,
+)
 from optax_masking._linear_blocks import Arguments, Settings
 
 # For each `vmap` around a primitive the axes of its residuals, 0 or None. What
@@ -26,7 +29,7 @@ _LINEAR = 3  # Features, kernel, bias.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def losses(settings: Settings, *arguments: Any) -> Any:
   """The losses, and the normalizers to compute the softmax anew from."""
-  return blocks.losses(settings, Arguments(*arguments))
+  return partitioned.losses(settings, *arguments)
 
 
 @losses.defjvp
@@ -109,13 +112,7 @@ def _mapped(function: Any, maps: _Maps, linear: int) -> Any:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _gradients(settings: Settings, maps: _Maps, *arguments: Any) -> Any:
   """The gradients by blocks; their own derivatives are plain JAX."""
-
-  def by_blocks(*arguments):
-    *residuals, top, total, cotangent = arguments
-    return blocks.gradients(
-      settings, Arguments(*residuals), (top, total), cotangent
-    )
-
+  by_blocks = functools.partial(partitioned.gradients, settings)
   return _mapped(by_blocks, maps, 1)(*arguments)
 
 

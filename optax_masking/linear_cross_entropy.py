@@ -61,9 +61,9 @@ def linear_softmax_cross_entropy_with_integer_labels(
   some rows times some classes, until none is left. The gradient computes each
   block a second time. Half precision is multiplied as it is and added up in
   float32. Beside arguments, results and a few numbers a row, the temporaries
-  are less than 20 arrays of 2**21 numbers, for up to 16,000 features: they grow
-  neither with the rows nor with the classes. In half precision the gradient of
-  the kernel has a copy in float32, if there are more than
+  are at most 10 arrays of 2**21 numbers, for up to 8,192 features: they grow
+  neither with the rows nor with the classes. In half precision there is a copy
+  of the gradient of the kernel in float32, if there are more than
   ``2**21 / D`` rows.
 
   Reverse mode is what it is for. Forward mode and second derivatives are right,
@@ -161,12 +161,29 @@ def linear_softmax_cross_entropy_with_integer_labels(
     has_bias=bias is not None,
     has_rows=mask is not None,
     has_classes=mask is not None and mask.shape[-1] != 1,
+    own_classes=mask is not None and mask.shape[:-1] == batch != (1,),
     class_axes=_axis_names(class_axis_name),
   )
   present = {k: jnp.asarray(x) for k, x in arrays.items() if x is not None}
-  if math.prod(batch) == 0:
-    settings = settings._replace(has_rows=True)
-  return _compiled(settings, present, mask)
+  call = functools.partial(_compiled, settings)
+  spec = _explicit_spec(present, len(batch))
+  if spec is not None:
+    call = jax.sharding.auto_axes(call, out_sharding=spec)
+  return call(present, mask)
+
+
+def _explicit_spec(arrays: dict[str, jax.Array], rank: int) -> Any:
+  """How the losses are sharded over an explicit mesh; None if there is none."""
+  if not hasattr(jax.sharding, "auto_axes"):
+    return None
+  specs = {
+    name: (*getattr(jax.typeof(x).sharding, "spec", ()), *[None] * x.ndim)
+    for name, x in arrays.items()
+  }
+  if not any(axis for spec in specs.values() for axis in spec):
+    return None
+  pairs = zip(specs["labels"][:rank], specs["features"][:rank], strict=True)
+  return jax.sharding.PartitionSpec(*(a or b for a, b in pairs))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -181,6 +198,8 @@ def _compiled(
   labels = arrays["labels"]
   batch, (depth, classes) = labels.shape, kernel.shape
   dtype = blocks.wide(jnp.result_type(features, kernel))
+  if not math.prod(batch):
+    return jnp.zeros(batch, dtype)
   bias = arrays.get("bias", jnp.zeros(classes, dtype))
   rows, masks, masks_of_rows = _flat_masks(mask, batch)
   arguments = Arguments(
@@ -226,14 +245,19 @@ def _with_labels(settings: Settings, a: Arguments) -> Arguments:
   here = labels - first
   is_here = (here >= 0) & (here < a.kernel.shape[1])
   column = jnp.clip(here, 0, a.kernel.shape[1] - 1)
-  masked = is_here & ~a.classes[a.classes_of_row, column]
-  some = jnp.any(a.classes, -1)[a.classes_of_row]
+  if settings.own_classes:
+    of_label = jnp.take_along_axis(a.classes, column[:, None], 1)[:, 0]
+  else:
+    of_label = a.classes[a.classes_of_row, column]
+  masked = is_here & ~of_label
+  some = jnp.any(a.classes, -1)
+  some = some if settings.own_classes else some[a.classes_of_row]
   if settings.class_axes:
     masked, some = (
       jax.lax.pmax(x.astype(jnp.int32), settings.class_axes) > 0
       for x in (masked, some)
     )
-    masked, some = (blocks.varying(x, axes_of(a.rows)) for x in (masked, some))
+    masked, some = (varying(x, axes_of(a.labels)) for x in (masked, some))
   # A label that names no class makes the loss NaN, but not if none is left.
   return a._replace(labels=labels, rows=some & ~masked)
 
@@ -241,10 +265,20 @@ def _with_labels(settings: Settings, a: Arguments) -> Arguments:
 def _on_all(settings: Settings, a: Arguments) -> Arguments:
   """In `shard_map`, marks arrays that are the same on several devices.
 
-  The transpose is the sum of the gradients over these devices.
+  The transpose is the sum of the gradients over these devices. What each row
+  has one of is the same for all devices that share the classes.
   """
-  axes = axes_of(*a) | frozenset(settings.class_axes)
-  return Arguments(*(varying(x, axes) for x in a)) if axes else a
+  of_classes = frozenset(settings.class_axes)
+  of_rows = axes_of(*a) - of_classes
+  return Arguments(
+    *(
+      varying(x, of_rows if name in _OF_ROWS else of_rows | of_classes)
+      for name, x in a._asdict().items()
+    )
+  )
+
+
+_OF_ROWS = ("labels", "rows", "classes_of_row")
 
 
 def _check_arrays(arrays: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from cases import BY_NAME, NAMED, assert_all_close, masks, row_masks
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from test_transforms import shard_map
 
+import optax_masking
 from optax_masking.reductions import RunningMean, masked_count, masked_mean
 
 # One loss of each mechanism: number fills, functions as fills, the batch, and
@@ -195,6 +196,143 @@ class LossesTest(parameterized.TestCase):
 
   def check(self, got, expected):
     assert_all_close(got, expected, "float32", roundings=64)
+
+
+class LinearTest(parameterized.TestCase):
+  """The cross-entropy of a linear layer, of sharded rows and classes."""
+
+  ROWS, FEATURES, CLASSES = 64, 6, 48
+  SHARDED = (
+    {"rows": "data", "classes": None},
+    {"rows": ("data", "model"), "classes": None},
+    {"rows": None, "classes": "model"},
+    {"rows": "data", "classes": "model"},
+  )
+
+  def setUp(self):
+    super().setUp()
+    rng = np.random.default_rng(0)
+    rows, features, classes = self.ROWS, self.FEATURES, self.CLASSES
+    labels = rng.integers(0, classes, rows)
+    where = rng.random((rows, classes)) < 0.7
+    where[np.arange(rows), labels] = np.arange(rows) % 9 > 0
+    where[:20] = False  # Nothing on some devices.
+    of_rows = rng.random(rows) < 0.5
+    of_rows[:20] = False
+    shapes = (rows, features), (features, classes), (classes,)
+    self.floats = [jnp.asarray(rng.normal(size=s), "float32") for s in shapes]
+    self.labels = jnp.asarray(labels)
+    self.where = {"rows": jnp.asarray(of_rows), "classes": jnp.asarray(where)}
+    self.floats[0] = self.floats[0].at[:20].set(jnp.nan)
+
+  def run_on(self, of):
+    """Losses and gradients of a sum in which each loss counts otherwise."""
+
+    def total(x, kernel, bias, labels, where):
+      losses = of(x, kernel, bias, labels, where)
+      return jnp.sum(losses * jnp.arange(self.ROWS)), losses
+
+    return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
+
+  def whole(self, x, kernel, bias, labels, where, **options):
+    return optax_masking.linear_softmax_cross_entropy_with_integer_labels(
+      *(x, kernel, labels),
+      bias=bias,
+      where=where,
+      block_shape=(4, 5),
+      z_loss=0.1,
+      label_smoothing=0.2,
+      logit_soft_cap=4.0,
+      **options,
+    )
+
+  def specs(self, rows, classes, kind):
+    where = P(rows, classes) if kind == "classes" else P(rows)
+    return P(rows, None), P(None, classes), P(classes), P(rows), where
+
+  def mesh(self, axis_type):
+    kind = getattr(jax.sharding.AxisType, axis_type)
+    return jax.make_mesh((4, 2), ("data", "model"), (kind,) * 2)
+
+  def check(self, program, given, rows, classes):
+    """The numbers of one device, and what the devices exchange."""
+    got = jax.tree.map(np.asarray, program(*given))
+    local = [np.asarray(x) for x in given]
+    expected = self.run_on(self.whole)(*local)
+    assert_all_close(got, jax.tree.map(np.asarray, expected), "float32")
+    text = program.as_text()
+    names = re.findall(r" ((?:all|collective|reduce|ragged)-[a-z-]+)\(", text)
+    names = {n for n in names if n not in ("all-reduce", "reduce-window")}
+    self.assertEqual(names, set())
+    sizes = re.findall(r"= (.+?) all-reduce\(", text)
+    shapes = re.findall(r"\w\[([\d,]*)\]", " ".join(sizes))
+    count = self.ROWS // {None: 1, "data": 4}.get(rows, 8)
+    width = self.CLASSES // (1 if classes is None else 2)
+    gradients = set()
+    if rows is not None:
+      gradients |= {f"{self.FEATURES},{width}", f"{width}"}
+    if classes is not None:  # And numbers of rows, of a panel or of all.
+      gradients |= {f"{count},{self.FEATURES}", "8", f"{count}", "1"}
+    shapes = {shape.removesuffix(",1") for shape in shapes}
+    self.assertLessEqual(shapes - {""}, gradients)
+    self.assertNotEmpty(shapes)
+
+  @parameterized.product(
+    SHARDED, kind=("rows", "classes"), axis_type=("Auto", "Explicit")
+  )
+  def test_sharded(self, rows, classes, kind, axis_type):
+    mesh = self.mesh(axis_type)
+    specs = self.specs(rows, classes, kind)
+    given = [
+      jax.device_put(x, NamedSharding(mesh, spec))
+      for x, spec in zip(
+        (*self.floats, self.labels, self.where[kind]), specs, strict=True
+      )
+    ]
+    is_explicit = axis_type == "Explicit"
+    with jax.set_mesh(mesh) if is_explicit else contextlib.nullcontext():
+      program = self.run_on(self.whole).lower(*given).compile()
+      self.check(program, given, rows, classes)
+
+  @parameterized.product(SHARDED, kind=("rows", "classes"))
+  def test_shard_map(self, rows, classes, kind):
+    specs = self.specs(rows, classes, kind)
+    options = {} if classes is None else {"class_axis_name": classes}
+    mapped = shard_map(
+      functools.partial(self.whole, **options),
+      mesh=self.mesh("Auto"),
+      in_specs=specs,
+      out_specs=P(rows),
+    )
+    given = *self.floats, self.labels, self.where[kind]
+    program = self.run_on(mapped).lower(*given).compile()
+    self.check(program, given, rows, classes)
+
+  def test_forward_mode_and_second_derivatives(self):
+    """In `shard_map`, with rows and classes sharded."""
+    specs = self.specs("data", "model", "rows")
+    mapped = shard_map(
+      functools.partial(self.whole, class_axis_name="model"),
+      mesh=self.mesh("Auto"),
+      in_specs=specs,
+      out_specs=P("data"),
+    )
+
+    def derivatives(of):
+      def total(*floats):
+        return jnp.sum(of(*floats, self.labels, self.where["rows"]) ** 2)
+
+      moved = jax.tree.map(jnp.ones_like, self.floats)
+      forward = jax.jvp(total, self.floats, moved)[1]
+      gradient = jax.grad(total, (0, 1, 2))
+      return forward, jax.jvp(gradient, self.floats, moved)[1]
+
+    got, expected = (
+      jax.jit(derivatives, static_argnums=0)(of) for of in (mapped, self.whole)
+    )
+    assert_all_close(
+      jax.tree.map(np.asarray, got), expected, "float32", roundings=64
+    )
 
 
 def pmean(function):

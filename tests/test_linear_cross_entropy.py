@@ -488,7 +488,7 @@ class CostsTest(parameterized.TestCase):
     program = jax.jit(jax.value_and_grad(mean, (0, 1))).lower(*shapes).compile()
     return program.memory_analysis().temp_size_in_bytes
 
-  @parameterized.parameters("float32")
+  @parameterized.parameters("float32", "bfloat16")
   def test_temporaries(self, dtype):
     """They grow neither with rows nor, in float32, with classes."""
     least = self.temporaries(2**16, 2**14, dtype)
