@@ -50,10 +50,11 @@ class Arguments(NamedTuple):
   classes_of_row: Any  # [N], the mask of classes of each row.
 
 
-class _Sizes(NamedTuple):
+class _Plan(NamedTuple):
   panel: int  # Rows of a panel, some blocks.
   rows: int  # Of a block.
   classes: int  # Of a block.
+  used: Any  # [V], classes that some row includes; or None for all.
 
 
 class _Panel(NamedTuple):
@@ -88,8 +89,8 @@ def _dtypes(a: Arguments) -> tuple[Any, Any]:
   return dtype, wide(jnp.promote_types(dtype, a.bias.dtype))
 
 
-def _sizes(settings: Settings, a: Arguments) -> _Sizes:
-  """The sizes of blocks, which bound the temporaries."""
+def _plan(settings: Settings, a: Arguments) -> _Plan:
+  """The sizes of blocks, which bound the temporaries, and used classes."""
   (rows, features), classes = a.features.shape, a.kernel.shape[1]
   if settings.block_shape:
     of_rows, of_classes = settings.block_shape
@@ -104,7 +105,8 @@ def _sizes(settings: Settings, a: Arguments) -> _Sizes:
   if not settings.block_shape:
     of_classes = min(math.ceil(of_classes / 16) * 16, classes)
   blocks = min(panel // of_rows, math.ceil(rows / of_rows))
-  return _Sizes(max(blocks, 1) * of_rows, of_rows, of_classes)
+  used = used_classes(settings, a)
+  return _Plan(max(blocks, 1) * of_rows, of_rows, of_classes, used)
 
 
 def varying(x: Any, axes: frozenset[str]) -> Any:
@@ -129,10 +131,10 @@ def _full(shape: Any, value: float, dtype: Any, like: Any) -> jax.Array:
   return varying(jnp.full(shape, value, dtype), axes_of(like))
 
 
-def _order(settings: Settings, a: Arguments, sizes: _Sizes) -> Any:
+def _order(settings: Settings, a: Arguments, plan: _Plan) -> Any:
   """The included rows, then the others, then none; and the included ones."""
   n = a.rows.shape[0]
-  rest = -n % sizes.panel
+  rest = -n % plan.panel
   if settings.has_rows:
     order = jnp.argsort(~a.rows, stable=True)
     count = jnp.sum(a.rows, dtype=jnp.int32)
@@ -142,18 +144,18 @@ def _order(settings: Settings, a: Arguments, sizes: _Sizes) -> Any:
 
 
 def _panels(
-  settings: Settings, a: Arguments, sizes: _Sizes, body: Any, carry: Any
+  settings: Settings, a: Arguments, plan: _Plan, body: Any, carry: Any
 ) -> Any:
   """Calls `body(panel, carry)` for each panel with something included."""
-  order, count = _order(settings, a, sizes)
+  order, count = _order(settings, a, plan)
   first, classes = first_class(settings, a)
   stored = _as_stored(a.features)
 
   def step(i, carry):
-    index = jax.lax.dynamic_slice(order, (i * sizes.panel,), (sizes.panel,))
-    here = jnp.clip(count - i * sizes.panel, 0, sizes.panel)
-    included = jnp.arange(sizes.panel) < here
-    past = a.rows.shape[0] + jnp.arange(sizes.panel)
+    index = jax.lax.dynamic_slice(order, (i * plan.panel,), (plan.panel,))
+    here = jnp.clip(count - i * plan.panel, 0, plan.panel)
+    included = jnp.arange(plan.panel) < here
+    past = a.rows.shape[0] + jnp.arange(plan.panel)
     index = jnp.where(included, index, past)
 
     def taken(x):
@@ -166,7 +168,7 @@ def _panels(
     panel = _Panel(index, here, features, labels - first, named, of_row)
     return body(panel, carry)
 
-  return jax.lax.fori_loop(0, -(-count // sizes.panel), step, carry)
+  return jax.lax.fori_loop(0, -(-count // plan.panel), step, carry)
 
 
 def _as_stored(x: jax.Array) -> jax.Array:
@@ -180,13 +182,10 @@ def _as_stored(x: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
-def _class_blocks(
-  settings: Settings, a: Arguments, sizes: _Sizes, body: Any, carry: Any
-) -> Any:
+def _class_blocks(a: Arguments, plan: _Plan, body: Any, carry: Any) -> Any:
   """Calls `body(classes, carry)` for each block of classes."""
   features, classes = a.kernel.shape
-  size = sizes.classes
-  used = used_classes(settings, a)
+  size, used = plan.classes, plan.used
   stored = _as_stored(a.kernel)
 
   def step(i, carry):
@@ -300,7 +299,7 @@ def losses(
   settings: Settings, a: Arguments
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The losses, and the normalizers: largest logits, sums of exponentials."""
-  sizes = _sizes(settings, a)
+  plan = _plan(settings, a)
   dtype = _dtypes(a)[1]
   number = number_of_classes(settings, a)
 
@@ -315,13 +314,13 @@ def losses(
         pairs = zip(sums, new, strict=True)
         return Sums(*(_replaced(x, y, rows[0]) for x, y in pairs))
 
-      return _row_blocks(panel.count, sizes.rows, of_rows, sums)
+      return _row_blocks(panel.count, plan.rows, of_rows, sums)
 
-    zero = _full(sizes.panel, 0, dtype, a.features)
+    zero = _full(plan.panel, 0, dtype, a.features)
     sums = Sums(zero + jnp.finfo(dtype).min, zero, zero, zero)
-    sums = _class_blocks(settings, a, sizes, of_classes, sums)
+    sums = _class_blocks(a, plan, of_classes, sums)
     sums = _over_devices(settings, sums)
-    is_row = jnp.arange(sizes.panel) < panel.count
+    is_row = jnp.arange(plan.panel) < panel.count
     top = jnp.where(is_row, _finite(sums.top), 0)
     total = jnp.where(is_row, sums.total, 1)
     loss = loss_of_sums(
@@ -337,7 +336,7 @@ def losses(
     )
 
   zero = _full(a.rows.shape, 0, dtype, a.rows)
-  return _panels(settings, a, sizes, of_panel, (zero, zero, zero + 1))
+  return _panels(settings, a, plan, of_panel, (zero, zero, zero + 1))
 
 
 def _replaced(x: jax.Array, rows: jax.Array, start: Any) -> jax.Array:
@@ -434,7 +433,7 @@ def gradients(
   settings: Settings, a: Arguments, normalizer: Any, cotangent: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Gradients of the features, the kernel and the bias."""
-  sizes = _sizes(settings, a)
+  plan = _plan(settings, a)
   dtype = _dtypes(a)[1]
   factors = _factors(settings, a, normalizer, cotangent)
 
@@ -449,7 +448,11 @@ def gradients(
         at = _positions(panel, block, rows)
         of_block = tuple(_rows_of(f, rows)[:, None] for f in here)
         slopes = _slopes(settings, logits, included, at, of_block)
-        return _with_products(settings, panel, block, rows, slopes, carry)
+        features = _rows_of(panel.features, rows)
+        new = _products(settings, features, block.kernel, slopes)
+        of_features = _rows_of(carry[0], rows) + new[0]
+        of_features = _replaced(carry[0], of_features, rows[0])
+        return of_features, carry[1] + new[1], carry[2] + new[2]
 
       of_features, of_kernel, of_bias = carry
       own = (
@@ -457,7 +460,7 @@ def gradients(
         _full(block.bias.shape, 0, dtype, a.features),
       )
       of_features, *own = _row_blocks(
-        panel.count, sizes.rows, of_rows, (of_features, *own)
+        panel.count, plan.rows, of_rows, (of_features, *own)
       )
       if block.used is not None:
         own = jax.tree.map(lambda x: jnp.where(block.used, x, 0), own)
@@ -466,7 +469,7 @@ def gradients(
 
     own = _full(panel.features.shape, 0, dtype, a.features)
     own, *of_parameters = _class_blocks(
-      settings, a, sizes, of_classes, (own, *of_parameters)
+      a, plan, of_classes, (own, *of_parameters)
     )
     own = _as_stored(own.astype(a.features.dtype))
     of_features = of_features.at[panel.index].set(
@@ -475,13 +478,13 @@ def gradients(
     return of_features, *of_parameters
 
   # Sums over more than one panel have all digits.
-  once = a.features.shape[0] <= sizes.panel
+  once = a.features.shape[0] <= plan.panel
   zeros = tuple(
     _full(x.shape, 0, x.dtype if once or not i else dtype, a.features)
     for i, x in enumerate((a.features, a.kernel, a.bias))
   )
   zeros = _as_stored(zeros[0]), *zeros[1:]
-  x, kernel, bias = _panels(settings, a, sizes, of_panel, zeros)
+  x, kernel, bias = _panels(settings, a, plan, of_panel, zeros)
   x = jax.lax.bitcast_convert_type(x, a.features.dtype)
   return x, kernel.astype(a.kernel.dtype), bias.astype(a.bias.dtype)
 
@@ -531,29 +534,18 @@ def _slopes(
   return slopes if included is None else jnp.where(included, slopes, 0)
 
 
-def _with_products(
-  settings: Settings,
-  panel: _Panel,
-  block: _Classes,
-  rows: Any,
-  slopes: jax.Array,
-  carry: Any,
-) -> Any:
-  """Adds what the slopes of a block contribute to the gradients."""
-  of_features, of_kernel, of_bias = carry
+def _products(
+  settings: Settings, features: Any, kernel: Any, slopes: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
+  """What the slopes of a block contribute to the gradients."""
   dtype = slopes.dtype
-  if settings.has_bias:
-    of_bias = of_bias + jnp.sum(slopes, 0)
+  of_bias = jnp.sum(slopes, 0) if settings.has_bias else 0
   # bfloat16 has the range of float32. In float16 small slopes would be 0.
-  if block.kernel.dtype == jnp.bfloat16:
+  if kernel.dtype == jnp.bfloat16:
     slopes = slopes.astype(jnp.bfloat16)
-  features = _rows_of(panel.features, rows)
-  of_kernel = of_kernel + jnp.dot(
-    features.T, slopes, preferred_element_type=dtype
-  )
-  own = jnp.dot(slopes, block.kernel.T, preferred_element_type=dtype)
-  own += _rows_of(of_features, rows)
-  return _replaced(of_features, own, rows[0]), of_kernel, of_bias
+  of_features = jnp.dot(slopes, kernel.T, preferred_element_type=dtype)
+  of_kernel = jnp.dot(features.T, slopes, preferred_element_type=dtype)
+  return of_features, of_kernel, of_bias
 
 
 def _added(x: jax.Array, part: jax.Array, start: Any) -> jax.Array:

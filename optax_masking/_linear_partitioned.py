@@ -89,8 +89,8 @@ def _partition(
     whole = shapes[0].sharding
     if not all(s.sharding.is_fully_replicated for s in shapes):
       raise NotImplementedError("Shard the arrays over a mesh with names.")
-    on_device = functools.partial(_here, name, settings)
-    return mesh, on_device, (whole,) * len(one_by_one), (whole,) * len(shapes)
+    alike = (whole,) * len(one_by_one), (whole,) * len(shapes)
+    return mesh, functools.partial(_here, name, settings), *alike
   features, kernel, bias, labels = (s.sharding.spec for s in shapes[:4])
   rows = _names((*labels, None)[0]) or _names((*features, None)[0])
   of_classes = _names((*kernel, None, None)[1]) or _names((*bias, None)[0])

@@ -39,6 +39,14 @@ def test_missing_targets():
   assert "NaN in 10 of 10 entries" in output
 
 
+@pytest.mark.nightly  # Its ways are those of `test_linear_cross_entropy.py`.
+def test_linear_cross_entropy():
+  """The losses of both ways are the same, or it ends with an error."""
+  output = run("linear_cross_entropy.py", "--steps", "20", "--sentences", "32")
+  unfused, fused = re.search(r"16,000 +(\S+) MB +(\S+) MB", output).groups()
+  assert float(fused.replace(",", "")) < float(unfused.replace(",", "")) / 2
+
+
 @pytest.mark.nightly  # Its ways are those of `test_reductions.py`.
 def test_microbatches():
   output = run("microbatches.py")
