@@ -155,6 +155,7 @@ def _panels(
     index = jax.lax.dynamic_slice(order, (i * plan.panel,), (plan.panel,))
     here = jnp.clip(count - i * plan.panel, 0, plan.panel)
     included = jnp.arange(plan.panel) < here
+    # Past the end there are zeros to take, and what is put there is dropped.
     past = a.rows.shape[0] + jnp.arange(plan.panel)
     index = jnp.where(included, index, past)
 
@@ -162,7 +163,7 @@ def _panels(
       return x.at[index].get(mode="fill", fill_value=0)
 
     features = jax.lax.bitcast_convert_type(taken(stored), a.features.dtype)
-    features = jnp.where(included[:, None], features, 0).astype(_dtypes(a)[0])
+    features = features.astype(_dtypes(a)[0])
     labels, of_row = taken(a.labels), taken(a.classes_of_row)
     named = labels < classes
     panel = _Panel(index, here, features, labels - first, named, of_row)
@@ -280,10 +281,9 @@ def capped(settings: Settings, logits: jax.Array) -> jax.Array:
 
 
 def _positions(panel: _Panel, block: _Classes, rows: Any) -> jax.Array:
-  """Where each label is in a block of classes, or -1 where it is not."""
+  """Where each label is in a block of classes, and less than 0 if nowhere."""
   at = _rows_of(panel.labels, rows) - block.start
-  first = 0 if block.first is None else block.first
-  return jnp.where((at >= first) & (at < block.kernel.shape[1]), at, -1)
+  return jnp.where(at < block.kernel.shape[1], at, -1)
 
 
 class Sums(NamedTuple):
