@@ -51,6 +51,13 @@ def test_readme():
 
 
 @pytest.mark.slow
+def test_linear_cross_entropy():
+  text = (ROOT / "docs" / "linear_cross_entropy.md").read_text()
+  blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  run_examples("\n".join(blocks), "linear_cross_entropy.md")
+
+
+@pytest.mark.slow
 def test_readme_file_of_tests(tmp_path):
   """The one to be copied passes, and fails if its loss forgets the mask."""
   (text,) = re.findall(r"```python\n(# test_masks.py\n.*?)```", README, re.S)

@@ -418,12 +418,15 @@ class TransformsTest(parameterized.TestCase):
       given = (x, kernel, bias)
       moved = jax.tree.map(jnp.cos, given)
 
+      def forward(*floating):
+        return jax.jvp(total, floating, moved)[1]
+
       def slope(*floating):
         grads = jax.grad(total, (0, 1, 2))(*floating)
         return sum(jnp.vdot(g, t) for g, t in zip(grads, moved, strict=True))
 
       return (
-        jax.jvp(total, given, moved)[1],
+        jax.jvp(forward, given, moved),
         jax.jvp(jax.grad(total, (0, 1, 2)), given, moved)[1],
         jax.grad(slope, (0, 1, 2))(*given),
       )
