@@ -72,8 +72,10 @@ def linear_softmax_cross_entropy_with_integer_labels(
   has a gradient for each element before these are added up: give the batch as
   axes of ``features`` instead.
 
-  On many devices, inside of ``jax.shard_map`` each device orders its own rows,
-  and nothing is exchanged but the gradients of what the devices share.
+  On many devices, under ``jit`` with sharded arrays or inside of
+  ``jax.shard_map``, each device orders its own rows. Devices exchange the
+  gradients of what they share and, if the classes are sharded, a few numbers a
+  row.
 
   Args:
     features: Inputs of the layer, with shape ``[..., D]`` and a floating dtype.
