@@ -1,0 +1,58 @@
+"""Sphinx: `python -m sphinx -W -b html docs docs/_build/html`."""
+
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import generated  # noqa: E402
+
+import optax_masking  # noqa: E402
+
+project = "optax_masking"
+author = "optax_masking contributors"
+copyright = "optax_masking contributors, Apache License 2.0"
+version = release = optax_masking.__version__
+
+extensions = [
+  "myst_parser",
+  "sphinx.ext.autodoc",
+  "sphinx.ext.napoleon",
+  "sphinx.ext.mathjax",
+  "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "_generated"]
+nitpicky = True
+# Names in the signatures, of which neither Python nor this site has a page.
+nitpick_ignore_regex = [("py:.*", r"(?!optax_masking\.[a-z]).*|.*\._.*")]
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # The changelog begins with its own title.
+
+default_role = "code"  # As docstrings of the guard write it.
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+# Names instead of the unions that they stand for.
+autodoc_type_aliases = {
+  name: name for name in ("Axis", "Where", "AxisName", "Fill", "Array", "Axes")
+}
+python_maximum_signature_line_length = 70
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+html_theme = "furo"
+html_title = "optax_masking"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+html_extra_path = ["_generated/extra"]
+html_show_sphinx = False
+
+
+def setup(app):
+  app.connect("config-inited", lambda app, config: generated.write_all())
