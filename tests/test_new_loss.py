@@ -14,7 +14,7 @@ import optax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-COPIED = ("optax_masking", "tests", "benchmarks", "examples")
+COPIED = ("optax_masking", "tests", "benchmarks", "examples", "docs")
 FILES = ("pytest_optax_masking.py", "pyproject.toml", "README.md")
 
 OPTAX = '''
@@ -102,7 +102,7 @@ def put_in(path, old, new):
 def run(tmp_path_factory):
   """Runs Python in the copies, and returns what it prints."""
   root = tmp_path_factory.mktemp("copy")
-  ignored = shutil.ignore_patterns("__pycache__", "known-findings.json")
+  ignored = shutil.ignore_patterns("__pycache__", "_build", "_generated")
   for name in COPIED:
     shutil.copytree(ROOT / name, root / name, ignore=ignored)
   for name in (*FILES, "CHANGELOG.md", "CONTRIBUTING.md"):

@@ -873,6 +873,9 @@ def generalized_kl_divergence(
   .. math::
     \sum_{j \in I} t_j (\log t_j - l_j) + \exp l_j - t_j \,.
 
+  At a target of 0 a term is :math:`\exp l_j`, and ``where=targets > 0`` drops
+  it. For predictions that need not add up to 1, add the sum of these terms.
+
   Args:
     log_predictions: Logarithms of the predicted measure, with shape
       ``[..., dim]`` and a floating dtype.
