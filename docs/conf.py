@@ -27,7 +27,7 @@ nitpicky = True
 # Names in the signatures, of which neither Python nor this site has a page.
 nitpick_ignore_regex = [("py:.*", r"(?!optax_masking\.[a-z]).*|.*\._.*")]
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["attrs_block", "colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # The changelog begins with its own title.
 
@@ -37,10 +37,23 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 # Names instead of the unions that they stand for.
 autodoc_type_aliases = {
-  name: name for name in ("Axis", "Where", "AxisName", "Fill", "Array", "Axes")
+  name: name.rpartition(".")[2]
+  for name in (
+    "Array",
+    "Axes",
+    "Axis",
+    "AxisName",
+    "Fill",
+    "Shape",
+    "Where",
+    "jax.typing.ArrayLike",
+    "jax.typing.DTypeLike",
+  )
 }
+python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 70
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 copybutton_prompt_text = r">>> |\.\.\. "
@@ -48,8 +61,9 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = "optax_masking"
-html_static_path = ["_static"]
-html_css_files = ["wide.css"]
+html_static_path = ["_static", "_generated/static"]
+html_css_files = ["tables.css"]
+mathjax_path = "mathjax/tex-chtml.js"  # A copy: formulas need no network.
 html_extra_path = ["_generated/extra"]
 html_show_sphinx = False
 

@@ -9,11 +9,13 @@ import collections
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -45,6 +47,7 @@ _MARKS = {"kept": "✓", "broken": "✗"}
 def write_all():
   """Writes what has changed, and leaves other files as they are."""
   (GENERATED / "extra").mkdir(parents=True, exist_ok=True)
+  copy_mathjax(GENERATED / "static" / "mathjax")
   _write("losses.md", table_of_losses())
   _write("api_losses.md", reference_of_losses())
   _write("commands.md", help_of_commands())
@@ -60,6 +63,15 @@ def _write(name, text):
   path = GENERATED / name
   if not path.exists() or path.read_text(encoding="utf-8") != text:
     path.write_text(text, encoding="utf-8")
+
+
+def copy_mathjax(folder):
+  """Copies the one program and the fonts that formulas need, 1 of 24 MB."""
+  spec = importlib.util.find_spec("sphinx-mathjax-offline")
+  source = pathlib.Path(spec.origin).parent / "static" / "mathjax"
+  fonts = "output/chtml/fonts"
+  shutil.copytree(source / fonts, folder / fonts, dirs_exist_ok=True)
+  shutil.copy2(source / "tex-chtml.js", folder)
 
 
 def table_of_losses():
@@ -156,15 +168,17 @@ def optax_today(audit):
   with_where = {n: r for n, r in reports.items() if _takes_where(r)}
   without = [name for name in reports if name not in with_where]
   versions = audit["versions"]
+  clean = ", ".join(f"`{name}`" for name in reports if reports[name]["ok"])
   lines = [
     f"Of the {len(reports)} losses of Optax {versions['optax']}, with JAX"
-    f" {versions['jax']}, {len(with_where)} take a mask and",
-    f"{sum(report['ok'] for report in reports.values())} keep all clauses.",
+    f" {versions['jax']}, {len(with_where)} take a mask.",
+    f"Losses that keep all clauses: {clean or 'none'}.",
     "",
+    "{.marks}",
     *_grid(with_where),
     "",
-    "✓ kept, ✗ broken, · not tried, empty: does not apply. A name leads to what"
-    " breaks.",
+    "✓ kept, ✗ broken, · not tried, empty: does not apply, or another clause"
+    " reports it. A name leads to what breaks.",
     "",
     f"The other {len(without)} have no `where`:",
     ", ".join(f"`{name}`" for name in without) + ".",

@@ -69,7 +69,7 @@ class Finding:
 
   @property
   def key(self) -> str:
-    """An identifier that baselines use: the same for other data and numbers."""
+    """The identifier in baselines, which other data and numbers don't change."""
     parts = [self.clause, self.argument, self.derivative, self.wrt, self.dtype]
     if self.clause == "transforms":
       parts.append(self.transform)
