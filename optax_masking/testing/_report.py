@@ -69,7 +69,7 @@ class Finding:
 
   @property
   def key(self) -> str:
-    """The identifier in baselines, which other data and numbers don't change."""
+    """The identifier in baselines, of which data and numbers are no part."""
     parts = [self.clause, self.argument, self.derivative, self.wrt, self.dtype]
     if self.clause == "transforms":
       parts.append(self.transform)
