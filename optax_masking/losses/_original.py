@@ -8,4 +8,4 @@ import types
 
 import optax.losses
 
-original = types.SimpleNamespace(**vars(optax.losses))
+original: types.SimpleNamespace = types.SimpleNamespace(**vars(optax.losses))

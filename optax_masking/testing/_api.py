@@ -62,7 +62,7 @@ class MaskCase:
     self.loss_fn = loss_fn
     self.args = args
     self.where = where
-    self.name = name or name_of(loss_fn)
+    self.name: str = name or name_of(loss_fn)
     self.options = options
 
   def __repr__(self) -> str:
