@@ -59,7 +59,11 @@ napoleon_use_rtype = False
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
+# They lead somewhere when the repository has an owner.
+linkcheck_ignore = [r"https://github\.com/OWNER/.*"]
+
 html_theme = "furo"
+pygments_dark_style = "one-dark"
 html_title = "optax_masking"
 html_static_path = ["_static", "_generated/static"]
 html_css_files = ["tables.css"]

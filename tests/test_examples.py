@@ -1,5 +1,6 @@
 """The examples run. Each ends with an error if one of its checks fails."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -53,6 +54,18 @@ def test_microbatches():
   assert "in 8 microbatches, of 0, " in output
   wrong = re.search(r"mean of means, wrong +(\S+)", output)
   assert float(wrong[1]) > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("matplotlib") is None, reason="An extra draws."
+)
+def test_pictures(tmp_path):
+  output = run("pictures.py", "--output", tmp_path)
+  assert re.search(r"^ +1 +nan +0\.\d+$", output, re.MULTILINE)
+  drawn = {path.name for path in tmp_path.iterdir()}
+  static = EXAMPLES.parent / "docs" / "_static"
+  assert drawn == {path.name for path in static.glob("*.svg")}
 
 
 @pytest.mark.slow
