@@ -1,6 +1,7 @@
 """Sphinx: `python -m sphinx -W -b html docs docs/_build/html`."""
 
 import pathlib
+import re
 import sys
 
 HERE = pathlib.Path(__file__).parent
@@ -72,5 +73,16 @@ html_extra_path = ["_generated/extra"]
 html_show_sphinx = False
 
 
+def short_names(app, what, name, obj, options, signature, returns):
+  """Writes a name in a union, or a function, by its name alone."""
+  del app, what, name, obj, options
+  long = r"TypeAliasForwardRef\('([\w.]+)'\)|<function (\w+)>"
+  return tuple(
+    text and re.sub(long, lambda match: match[1] or match[2], text)
+    for text in (signature, returns)
+  )
+
+
 def setup(app):
   app.connect("config-inited", lambda app, config: generated.write_all())
+  app.connect("autodoc-process-signature", short_names)
