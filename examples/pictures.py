@@ -12,7 +12,7 @@ with respect to each prediction of the batch.
 
     pip install -e '.[pictures]'
     python examples/pictures.py                       # To docs/_static.
-    python examples/pictures.py --output /tmp/pictures
+    python examples/pictures.py --output pictures
 """
 
 import argparse
