@@ -114,7 +114,9 @@ def train(loss: Loss, x: jax.Array, y: jax.Array) -> list[float]:
 
 
 def save(figure: Any, path: pathlib.Path) -> None:
-  figure.savefig(path, facecolor="none", metadata={"Date": None})
+  # Without metadata: a picture that has not changed is the same file.
+  unknown = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+  figure.savefig(path, facecolor="none", metadata=unknown)
   plt.close(figure)
   text = path.read_text(
     encoding="utf-8"
