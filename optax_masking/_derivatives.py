@@ -24,7 +24,7 @@ _SYMBOLIC_ZEROS = hasattr(jax, "shard_map")
 def with_partials(
   value: Callable[..., tuple[jax.Array, ...]],
   *partials: Callable[..., jax.Array],
-  formula: Callable[..., jax.Array] | None = None,
+  formula: Any = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
   """Gives a masked loss derivatives that are written out.
 

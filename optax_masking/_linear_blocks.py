@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_masking._classes import wide
+
 # Rows of a block of logits. Fewer multiply slowly, and more are computed in
 # vain if only some of the last block are included.
 ROWS = 256
@@ -76,11 +78,6 @@ class _Classes(NamedTuple):
   kernel: Any
   bias: Any
   used: Any  # [C], those that some row includes; or None for all.
-
-
-def wide(dtype: Any) -> Any:
-  """The dtype to compute in."""
-  return jnp.dtype("float32") if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def _dtypes(a: Arguments) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from optax_masking import (
   _linear_blocks as blocks,
   _linear_partitioned as partitioned,
 )
+from optax_masking._classes import wide
 from optax_masking._linear_blocks import Arguments, Settings
 
 # For each `vmap` around a primitive the axes of its residuals, 0 or None. What
@@ -52,7 +53,7 @@ def plain_losses(settings: Settings, *arguments: Any) -> jax.Array:
     used = blocks.used_classes(settings, a)
     kernel, bias = jnp.where(used, kernel, 0), jnp.where(used, bias, 0)
     included &= a.classes[a.classes_of_row]
-  dtype = blocks.wide(jnp.result_type(x, kernel, bias))
+  dtype = wide(jnp.result_type(x, kernel, bias))
   logits = jnp.dot(x, kernel, preferred_element_type=dtype) + bias
   logits = blocks.capped(settings, logits)
   least = jnp.finfo(dtype).min

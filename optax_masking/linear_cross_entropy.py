@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_masking import _linear_blocks as blocks
-from optax_masking._classes import Shape, broadcasts, class_number, select
+from optax_masking._classes import (
+  Shape,
+  broadcasts,
+  class_number,
+  select,
+  wide,
+)
 from optax_masking._linear_blocks import Arguments, Settings, axes_of, varying
 from optax_masking._mask import (
   Mask,
@@ -199,7 +205,7 @@ def _compiled(
   features, kernel = arrays["features"], arrays["kernel"]
   labels = arrays["labels"]
   batch, (depth, classes) = labels.shape, kernel.shape
-  dtype = blocks.wide(jnp.result_type(features, kernel))
+  dtype = wide(jnp.result_type(features, kernel))
   if not math.prod(batch):
     return jnp.zeros(batch, dtype)
   bias = arrays.get("bias", jnp.zeros(classes, dtype))

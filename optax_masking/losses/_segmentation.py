@@ -158,7 +158,8 @@ def _sums_over_pixels(
     return jnp.sum(p * t, axis), jnp.sum(p, axis), jnp.sum(t, axis)
 
   included = jnp.any(jnp.broadcast_to(mask.where, shape), axis)
-  return _Sums(*sums(predictions, targets), included)
+  intersection, p, t = sums(predictions, targets)
+  return _Sums(intersection, p, t, included)
 
 
 def _shape_of_pixels(predictions, targets, channel=False):
