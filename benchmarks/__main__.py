@@ -1,6 +1,6 @@
 """Measures what a mask costs: prints tables, writes JSON and a plot.
 
-    python -m benchmarks                       # The comparison in docs/costs.md.
+    python -m benchmarks                       # As in docs/costs.md.
     python -m benchmarks --loss kl_divergence  # The same of another loss.
     python -m benchmarks --all --no-time       # Every loss, mask, shape, ...
     python -m benchmarks --ratios --all        # A line for each loss.

@@ -64,7 +64,7 @@ copybutton_prompt_is_regexp = True
 linkcheck_ignore = [r"https://github\.com/OWNER/.*"]
 
 html_theme = "furo"
-pygments_dark_style = "one-dark"
+pygments_dark_style = "github-dark"
 html_title = "optax_masking"
 html_static_path = ["_static", "_generated/static"]
 html_css_files = ["tables.css"]

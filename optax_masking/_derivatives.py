@@ -129,8 +129,7 @@ def elementwise(
     def derivative(axes, where, tangent, arrays, statistics):
       del axes, statistics
       slope = partial(*filled(where, arrays))
-      tangent = select(where, tangent, 0).astype(slope.dtype)
-      return select(where, slope, 0) * tangent
+      return slope * select(where, tangent, 0).astype(slope.dtype)
 
     return derivative
 

@@ -50,9 +50,10 @@ def linear_softmax_cross_entropy_with_integer_labels(
 ) -> jax.Array:
   r"""Computes the softmax cross-entropy of a linear layer, block by block.
 
-  It equals :func:`optax_masking.softmax_cross_entropy_with_integer_labels` of
-  ``features @ kernel + bias``, but the logits are never all there, and what is
-  masked costs no time. For logits :math:`x`, a label :math:`y` and the
+  It equals
+  :func:`optax_masking.losses.softmax_cross_entropy_with_integer_labels` of
+  ``features @ kernel + bias``, but the logits are never held all at once, and
+  what is masked costs no time. For logits :math:`x`, a label :math:`y` and the
   :math:`K` included classes :math:`I`,
 
   .. math::
@@ -63,13 +64,13 @@ def linear_softmax_cross_entropy_with_integer_labels(
   :math:`c`. With a ``logit_soft_cap`` :math:`t` the logits are
   :math:`t \tanh(x / t)`.
 
-  Included rows come first in an order, of which blocks of logits are computed,
-  some rows times some classes, until none is left. The gradient computes each
-  block a second time. Half precision is multiplied as it is and added up in
-  float32. Beside arguments, results and a few numbers a row, the temporaries
-  are at most 10 arrays of 2**21 numbers, for up to 8,192 features: they grow
-  neither with the rows nor with the classes. In half precision there is a copy
-  of the gradient of the kernel in float32, if there are more than
+  Rows are sorted so that included ones come first. Logits are computed in
+  blocks of rows and classes, until no included row is left. The gradient
+  computes each block a second time. Half precision is multiplied as it is and
+  added up in float32. Beside arguments, results and a few numbers a row, the
+  temporaries are at most 10 arrays of 2**21 numbers, for up to 8,192 features:
+  they grow neither with the rows nor with the classes. In half precision there
+  is a copy of the gradient of the kernel in float32, if there are more than
   ``2**21 / D`` rows.
 
   Reverse mode is what it is for. Forward mode and second derivatives are right,
@@ -150,7 +151,7 @@ def linear_softmax_cross_entropy_with_integer_labels(
     <https://arxiv.org/abs/1512.00567>`_, 2015, section 7, for label smoothing.
 
   .. seealso::
-    :func:`optax_masking.softmax_cross_entropy_with_integer_labels`
+    :func:`optax_masking.losses.softmax_cross_entropy_with_integer_labels`
   """
   arrays: dict[str, Any] = {
     "features": features,

@@ -513,7 +513,7 @@ def _maximum_by_scores(axes, where, tangent, arrays, statistics):
   # all tie; if the maximum is NaN, then none does, and the derivative is NaN.
   is_top = (halves == top).astype(top.dtype)
   count = jnp.sum(is_top, axes, keepdims=True)
-  slope = jnp.where(where, is_top / count - is_label.astype(top.dtype), 0)
+  slope = is_top / count - is_label.astype(top.dtype)
   return jnp.sum(slope * select(where, tangent, 0), axes, keepdims=True)
 
 
@@ -871,7 +871,7 @@ def generalized_kl_divergence(
   :math:`I`,
 
   .. math::
-    \sum_{j \in I} t_j (\log t_j - l_j) + \exp l_j - t_j \,.
+    \sum_{j \in I} \left( t_j (\log t_j - l_j) + \exp l_j - t_j \right) \,.
 
   At a target of 0 a term is :math:`\exp l_j`, and ``where=targets > 0`` drops
   it. For predictions that need not add up to 1, add the sum of these terms.

@@ -263,7 +263,8 @@ def _cosines(predictions, targets, epsilon, axis, where):
     del axes
     return jnp.where(where, x, 0)
 
-  # 0 adds nothing to the product or the norms. An empty vector gets norm 1.
+  # 0 adds nothing to the product or the norms. The least norm of a vector with
+  # nothing included is 1.
   x = mask(predictions, zeros, "predictions")
   y = mask(targets, zeros, "targets")
   if np.ndim(epsilon):
@@ -272,11 +273,10 @@ def _cosines(predictions, targets, epsilon, axis, where):
     epsilon = jnp.expand_dims(mask.example(epsilon, 1.0), mask.axes)
   dtype = jnp.result_type(x, y, epsilon)
   x, y = x.astype(wide(dtype)), y.astype(wide(dtype))
-  some = jnp.expand_dims(mask.any, mask.axes)
 
   def norm(v):
     squared = jnp.sum(v * v, mask.axes, keepdims=True)
-    return jnp.sqrt(jnp.maximum(jnp.where(some, squared, 1), epsilon))
+    return jnp.sqrt(jnp.maximum(squared, epsilon))
 
   norms = norm(x) * norm(y)
   if varies_along(norms, mask.axes):  # An epsilon for each element.
