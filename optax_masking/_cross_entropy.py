@@ -346,8 +346,9 @@ def _slope_by_labels(logits, labels):
   return -_widened(logits, labels)[0]
 
 
-def _widened(*arrays):
-  return [x.astype(wide(x.dtype)) for x in arrays]
+def _widened(logits, labels):
+  dtype = wide(jnp.promote_types(logits.dtype, labels.dtype))
+  return logits.astype(dtype), labels.astype(dtype)
 
 
 _binary_loss = elementwise(

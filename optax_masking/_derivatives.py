@@ -105,7 +105,7 @@ def with_partials(
 
 def elementwise(
   value: Callable[..., jax.Array],
-  *partials: Callable[..., jax.Array],
+  *partials: Callable[..., jax.Array] | None,
   fills: Sequence[float],
 ) -> Callable[..., jax.Array]:
   """Masks a loss with a number for each element, by its partial derivatives.
@@ -113,7 +113,7 @@ def elementwise(
   Args:
     value: A function of arrays, finite at the fills.
     *partials: For each array the derivative with respect to it, a function of
-      the same arrays, finite at the fills.
+      the same arrays, finite at the fills; or None for JAX's own.
     fills: For each array the number that replaces masked elements.
 
   Returns:
@@ -125,16 +125,25 @@ def elementwise(
     pairs = zip(arrays, fills, strict=False)
     return [select(where, x, fill) for x, fill in pairs]
 
-  def derivative_with(partial):
+  def derivative_with(i, partial):
     def derivative(axes, where, tangent, arrays, statistics):
       del axes, statistics
-      slope = partial(*filled(where, arrays))
-      return slope * select(where, tangent, 0).astype(slope.dtype)
+      arrays = filled(where, arrays)
+      tangent = select(where, tangent, 0)
+      if partial is None:
+
+        def of_one(x):
+          return value(*arrays[:i], x, *arrays[i + 1 :])
+
+        return jax.jvp(of_one, (arrays[i],), (tangent,))[1]
+      slope = partial(*arrays)
+      dtype = jnp.promote_types(slope.dtype, tangent.dtype)
+      return slope.astype(dtype) * tangent.astype(dtype)
 
     return derivative
 
   loss = with_partials(
     lambda axes, where, *arrays: (value(*filled(where, arrays)),),
-    *map(derivative_with, partials),
+    *map(derivative_with, range(len(partials)), partials),
   )
   return lambda where, *arrays: loss((), where, *arrays)[0]

@@ -249,7 +249,8 @@ def _included_classes(
   elif settings.has_classes:
 
     def of_row(i):
-      return jax.lax.dynamic_slice(a.classes, (i, block.start), (1, width))[0]
+      start = jnp.asarray(block.start, i.dtype)  # Of 64 bits, if JAX is.
+      return jax.lax.dynamic_slice(a.classes, (i, start), (1, width))[0]
 
     included = jax.vmap(of_row)(_rows_of(panel.classes_of_row, rows))
   if block.first is None:

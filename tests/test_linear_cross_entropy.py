@@ -502,6 +502,21 @@ class TransformsTest(parameterized.TestCase):
     got, expected = self.both(lambda of: jax.value_and_grad(scanned(of))(x))
     assert_all_close(got, expected, "float32")
 
+  def test_masks_of_classes_with_64_bits(self):
+    rng = np.random.default_rng(0)
+    features, kernel = rng.normal(size=(6, 3)), rng.normal(size=(3, 5))
+    labels, where = rng.integers(0, 5, 6), rng.random((6, 5)) < 0.7
+    if not hasattr(jax, "enable_x64"):
+      self.skipTest("This JAX has another name for it.")
+    with jax.enable_x64(True):
+      got = optax.linear_softmax_cross_entropy_with_integer_labels(
+        features, kernel, labels, where=where
+      )
+      expected = optax.softmax_cross_entropy_with_integer_labels(
+        jnp.asarray(features @ kernel), labels, where=where
+      )
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
 
 class CostsTest(parameterized.TestCase):
   def temporaries(self, rows, classes, dtype="float32", of=loss):

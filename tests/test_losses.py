@@ -1212,6 +1212,67 @@ class SmoothLabelsTest(parameterized.TestCase):
       assert_allclose(got[i], expected if kept.any() else 0, rtol=1e-5)
 
 
+class DerivativesTest(parameterized.TestCase):
+  """Of losses whose derivatives are not JAX's, where these are hard to get."""
+
+  @parameterized.product(
+    scale=(1e-10, 1e-4, 3e9, 1e12),
+    loss=(optax.cosine_similarity, optax.cosine_distance),
+  )
+  def test_cosines_of_long_and_short_vectors(self, scale, loss):
+    """A scale divides the gradient: no square of a norm is lost."""
+    x, y = jnp.array([[1.0, 2.0]]), jnp.array([[2.0, 1.0]])
+    where = np.ones((1, 2), bool)
+    slope = jax.grad(lambda x, y: loss(x, y, where=where)[0])
+    got = scale * slope(scale * x, scale * y)
+    assert_allclose(got, slope(x, y), rtol=1e-5)
+
+  @parameterized.parameters("kl_divergence", "generalized_kl_divergence")
+  def test_divergence_at_a_target_of_zero(self, name):
+    """In forward mode it is finite, as in Optax."""
+    arguments = jnp.log(jnp.array([0.3, 0.7])), jnp.array([0.0, 1.0])
+    loss, original = (getattr(m.losses, name) for m in (optax, upstream))
+    masked = functools.partial(loss, where=np.ones(2, bool))
+    got = jax.jacfwd(masked, (0, 1))(*arguments)
+    assert_all_close(got, jax.jacfwd(original, (0, 1))(*arguments), "float32")
+
+  @parameterized.parameters(NAN, math.inf, -math.inf)
+  def test_included_garbage_of_another_class(self, garbage):
+    scores = jnp.array([[0.2, garbage, 0.0]])
+    tangent = jnp.array([[1.0, 2.0, 3.0]])
+    for name in ("multiclass_hinge_loss", "multiclass_perceptron_loss"):
+      loss, original = (getattr(m.losses, name) for m in (optax, upstream))
+      masked = functools.partial(
+        loss, labels=np.array([0]), where=np.ones((1, 3), bool)
+      )
+      unmasked = functools.partial(original, labels=np.array([0]))
+      for got, expected in zip(
+        jax.jvp(masked, (scores,), (tangent,)),
+        jax.jvp(unmasked, (scores,), (tangent,)),
+        strict=True,
+      ):
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+
+  def test_dtypes_of_parts(self):
+    """A cotangent is not rounded to the dtype of another argument."""
+    log_p = jnp.log(jnp.array([0.3, 0.7]))
+    targets = jnp.array([0.25, 0.75], "bfloat16")
+    got = jax.grad(
+      lambda x: optax.kl_divergence(x, targets, where=np.ones(2, bool)) / 3
+    )(log_p)
+    assert_allclose(got, [-0.25 / 3, -0.25], rtol=1e-6)
+    labels = jnp.array([[0.3, 0.35, 0.35]], "bfloat16")
+    weights = jnp.array([[1.0, 2.0, 3.0]])
+    where = np.ones((1, 3), bool)
+    got = jax.grad(
+      lambda a: jnp.sum(weights * optax.smooth_labels(labels, a, where=where))
+    )(0.1)
+    exact = np.sum(
+      np.asarray(weights) * (1 / 3 - np.asarray(labels, "float64"))
+    )
+    assert_allclose(got, exact, rtol=1e-4)
+
+
 class DeprecationTest(parameterized.TestCase):
   def test_convex_kl_divergence(self):
     """The same warning as Optax's, on the line of the caller."""

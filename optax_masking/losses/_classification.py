@@ -500,7 +500,8 @@ def _maximum_value(axes, where, scores, labels, included, margin):
   none_finite = top <= jnp.finfo(x.dtype).min
   largest = 2 * jnp.where(none_finite, 0, top)
   largest = jnp.where(none_finite & some, -jnp.inf, largest)
-  own = jnp.sum(jnp.where(is_label, x, 0), axes, keepdims=True)
+  # As in Optax, which multiplies by one-hot labels, an infinite score is NaN.
+  own = jnp.sum(jnp.where(is_label, x, 0 * x), axes, keepdims=True)
   return jnp.where(some, largest - own, 0), top
 
 
@@ -513,7 +514,7 @@ def _maximum_by_scores(axes, where, tangent, arrays, statistics):
   # all tie; if the maximum is NaN, then none does, and the derivative is NaN.
   is_top = (halves == top).astype(top.dtype)
   count = jnp.sum(is_top, axes, keepdims=True)
-  slope = is_top / count - is_label.astype(top.dtype)
+  slope = is_top / count - is_label.astype(top.dtype) + 0 * jnp.minimum(top, 0)
   return jnp.sum(slope * select(where, tangent, 0), axes, keepdims=True)
 
 
@@ -712,11 +713,12 @@ def poly_loss_cross_entropy(
   )
 
 
-# 1 * (log 1 - 0) = 0. At a target of 0 its derivative is NaN, as Optax's is.
+# 1 * (log 1 - 0) = 0. The derivative by a target of 0 is left to JAX: in Optax
+# it is NaN in reverse mode alone.
 _kl_divergence = elementwise(
   functools.partial(original.kl_divergence, axis=()),
   lambda log_p, t: -t,
-  lambda log_p, t: jnp.log(t) - log_p + t / t,
+  None,
   fills=(0, 1),
 )
 # exp(0) * (0 - 0) = 0.
@@ -730,7 +732,7 @@ _kl_divergence_with_log_targets = elementwise(
 _generalized_kl_divergence = elementwise(
   functools.partial(original.generalized_kl_divergence, axis=()),
   lambda log_p, t: jnp.exp(log_p) - t,
-  lambda log_p, t: jnp.log(t) - log_p + (t / t - 1),
+  None,
   fills=(0, 1),
 )
 

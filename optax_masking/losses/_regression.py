@@ -278,11 +278,13 @@ def _cosines(predictions, targets, epsilon, axis, where):
     squared = jnp.sum(v * v, mask.axes, keepdims=True)
     return jnp.sqrt(jnp.maximum(squared, epsilon))
 
-  norms = norm(x) * norm(y)
-  if varies_along(norms, mask.axes):  # An epsilon for each element.
-    cosines = jnp.sum(x * y / norms, mask.axes)
-  else:
-    cosines = jnp.sum(x * y, mask.axes) / jnp.squeeze(norms, mask.axes)
+  norms = norm(x), norm(y)
+  if varies_along(norms[0], mask.axes):  # An epsilon for each element.
+    cosines = jnp.sum(x / norms[0] * (y / norms[1]), mask.axes)
+  else:  # One after the other: the square of their product could overflow.
+    cosines = jnp.sum(x * y, mask.axes)
+    for n in norms:
+      cosines = cosines / jnp.squeeze(n, mask.axes)
   return cosines.astype(dtype), mask
 
 

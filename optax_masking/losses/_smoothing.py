@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from optax_masking._classes import wide
 from optax_masking._compiled import compiled
 from optax_masking._derivatives import elementwise
 from optax_masking._mask import Axis, Mask, Where
@@ -14,7 +15,8 @@ from optax_masking.losses._original import original
 _smoothed = elementwise(
   lambda labels, alpha, share: (1 - alpha) * labels + alpha / 1 * share,
   lambda labels, alpha, share: 1 - alpha,
-  lambda labels, alpha, share: share - labels,
+  # Not in the labels' dtype, which may be half precision.
+  lambda labels, alpha, share: share - labels.astype(wide(labels.dtype)),
   fills=(0, 0.5, 1),
 )
 
