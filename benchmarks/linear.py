@@ -3,6 +3,7 @@
     python -m benchmarks.linear                        # 4096 x 512 x 32000.
     python -m benchmarks.linear --shape 256x64x1000    # Rows, features, ...
     python -m benchmarks.linear --no-time --shape 16384x512x32000
+    python -m benchmarks.linear --for h100             # Without one.
 
 Each line is of a value and its gradients by features and kernel, as one
 program. The mean is of the included rows, but Optax's is of all of them: it is
@@ -25,7 +26,7 @@ import numpy as np
 import optax
 
 import optax_masking
-from benchmarks import timing
+from benchmarks import h100, timing
 from benchmarks.counters import counters_of
 from optax_masking.reductions import masked_mean
 
@@ -129,7 +130,11 @@ def measure(options: argparse.Namespace) -> None:
   lines: list[tuple[str, str, str, str]] = []
   for name, mean in VARIANTS.items():
     function = jax.jit(jax.value_and_grad(mean, (0, 1)))
-    program = function.lower(*data, next(iter(masks.values()))).compile()
+    inputs = (*data, next(iter(masks.values())))
+    if options.target == "h100":
+      program = h100.lowered(function, inputs).compile()
+    else:
+      program = function.lower(*inputs).compile()
     found = counters_of(program)
     n_bytes = f"{found['bytes'] / 1e9:.2f}" if mean is not ours_fused else "—"
     of_program = f"{found['temporaries'] / 1e6:.0f}", n_bytes
@@ -139,7 +144,7 @@ def measure(options: argparse.Namespace) -> None:
         lines.append((name, shown, *of_program))
         calls.append((_Timed(program), (*data, mask)))
   head = "|  | density | temp MB | GB |"
-  if options.no_time:
+  if options.no_time or options.target == "h100":
     print(head + "\n|---|---:|---:|---:|")
     for line in lines:
       print(f"| {' | '.join(line)} |")
@@ -176,9 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--rounds", type=int, default=5)
   add("--budget", type=float, default=120.0, help="seconds, after five rounds")
   add("--no-time", action="store_true", help="only the counters")
-  device = jax.devices()[0]
+  hint = "h100: the counters of a program for an H100, which need not be there"
+  add("--for", dest="target", choices=("here", "h100"), help=hint)
+  options = parser.parse_args(arguments)
+  if options.target == "h100":
+    h100.prepare()
+  device = options.target or jax.devices()[0]
   print(f"jax {jax.__version__}, optax {optax.__version__}, {device}")
-  measure(parser.parse_args(arguments))
+  measure(options)
 
 
 if __name__ == "__main__":
