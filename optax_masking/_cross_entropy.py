@@ -347,7 +347,8 @@ def _slope_by_labels(logits, labels):
 
 
 def _widened(logits, labels):
-  dtype = wide(jnp.promote_types(logits.dtype, labels.dtype))
+  dtypes = wide(logits.dtype), wide(labels.dtype)
+  dtype = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
   return logits.astype(dtype), labels.astype(dtype)
 
 

@@ -500,8 +500,7 @@ def _maximum_value(axes, where, scores, labels, included, margin):
   none_finite = top <= jnp.finfo(x.dtype).min
   largest = 2 * jnp.where(none_finite, 0, top)
   largest = jnp.where(none_finite & some, -jnp.inf, largest)
-  # As in Optax, which multiplies by one-hot labels, an infinite score is NaN.
-  own = jnp.sum(jnp.where(is_label, x, 0 * x), axes, keepdims=True)
+  own = jnp.sum(jnp.where(is_label, x, 0), axes, keepdims=True)
   return jnp.where(some, largest - own, 0), top
 
 
