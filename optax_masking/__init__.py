@@ -38,12 +38,10 @@ from optax_masking import (
 from optax_masking._decorator import masked_inputs as masked_inputs
 from optax_masking._mask import Mask as Mask
 from optax_masking._patch import patch as patch
-from optax_masking.losses._table import ROWS as _ROWS
-
-# An addition: Optax has no such loss.
-linear_softmax_cross_entropy_with_integer_labels = (
-  linear_cross_entropy.linear_softmax_cross_entropy_with_integer_labels
+from optax_masking.linear_cross_entropy import (  # Optax has no such loss.
+  linear_softmax_cross_entropy_with_integer_labels as linear_softmax_cross_entropy_with_integer_labels,  # noqa: E501
 )
+from optax_masking.losses._table import ROWS as _ROWS
 
 globals().update(
   (name, getattr(losses, name)) for name, row in _ROWS.items() if row.at_top
