@@ -55,10 +55,12 @@ def _device() -> Any:
   return topology.devices[0]
 
 
-def lowered(function: Any, inputs: Any) -> jax.stages.Lowered:
-  """Lowers a jitted function for an H100, for inputs of these shapes."""
+def compiled(function: Any, inputs: Any, for_h100: bool) -> jax.stages.Compiled:
+  """Compiles a jitted function for inputs of these shapes, here or for it."""
+  if not for_h100:
+    return function.lower(*inputs).compile()
   sharding = jax.sharding.SingleDeviceSharding(_device())
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs
   )
-  return function.trace(*shapes).lower(lowering_platforms=("cuda",))
+  return function.trace(*shapes).lower(lowering_platforms=("cuda",)).compile()

@@ -131,10 +131,7 @@ def measure(options: argparse.Namespace) -> None:
   for name, mean in VARIANTS.items():
     function = jax.jit(jax.value_and_grad(mean, (0, 1)))
     inputs = (*data, next(iter(masks.values())))
-    if options.target == "h100":
-      program = h100.lowered(function, inputs).compile()
-    else:
-      program = function.lower(*inputs).compile()
+    program = h100.compiled(function, inputs, options.target == "h100")
     found = counters_of(program)
     n_bytes = f"{found['bytes'] / 1e9:.2f}" if mean is not ours_fused else "—"
     of_program = f"{found['temporaries'] / 1e6:.0f}", n_bytes

@@ -101,8 +101,7 @@ def _compiled(case, variant, mask, transform, for_h100):
     loss = VARIANTS[variant](case)
     function = jax.jit(cases.TRANSFORMS[transform](loss))
     start = time.perf_counter()
-    lower = h100.lowered if for_h100 else lambda f, inputs: f.lower(*inputs)
-    program = lower(function, inputs).compile()
+    program = h100.compiled(function, inputs, for_h100)
     counters = {"error": None, "compile_s": time.perf_counter() - start}
     counters |= counters_of(program)
     if transform == "value_and_grad" and not for_h100:

@@ -1,6 +1,7 @@
 """Cross-entropies under a mask, at the cost of the unmasked ones.
 
-Half precision is computed in float32, where it does not round or overflow.
+Half precision is computed in float32, where it does not round or overflow, but
+for the formulas of other platforms than CPUs: these keep Optax's dtype.
 """
 
 import functools
@@ -144,7 +145,7 @@ def _probabilities_value(axes, where, logits, labels, *, safe=False):
 
 
 def _probabilities_by_logits(axes, where, tangent, arrays, statistics):
-  @jax.checkpoint
+  @jax.checkpoint  # With its barriers XLA computes more, and writes less.
   def derivative(dx, logits, labels, weight, top, total):
     p = _softmax(logits, top, total, where, axes)
     labels = jnp.where(where, labels, 0).astype(p.dtype)

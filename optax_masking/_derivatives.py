@@ -44,7 +44,13 @@ def with_partials(
     A function like ``value``. Its statistics have no derivative.
   """
 
-  def evaluate(axes, where, *arrays):
+  def by_platform(on_cpu, elsewhere):
+    if formula is None:
+      return on_cpu
+    return functools.partial(on_cpus, on_cpu, elsewhere)
+
+  @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+  def loss(axes: Axes, where: jax.Array, *arrays: Any) -> Any:
     def on_cpu(where, *arrays):
       return value(axes, where, *arrays)
 
@@ -55,9 +61,7 @@ def with_partials(
       zero = jnp.where(loss == 0, loss, jnp.zeros_like(loss))
       return loss, *(zero for _ in statistics)
 
-    if formula is None:
-      return on_cpu(where, *arrays)
-    return on_cpus(on_cpu, elsewhere, where, *arrays)
+    return by_platform(on_cpu, elsewhere)(where, *arrays)
 
   def differentiate(i, axes, where, tangent, arrays, results):
     def on_cpu(where, tangent, arrays, statistics):
@@ -73,18 +77,11 @@ def with_partials(
       term = jax.jvp(of_one, (arrays[i],), (tangent,))[1]
       return term.astype(results[0].dtype)
 
-    chosen = on_cpu
-    if formula is not None:
-      chosen = functools.partial(on_cpus, on_cpu, elsewhere)
     # Nothing but the arguments and the statistics is kept for the backward
     # pass. Without barriers XLA computes what both passes need once, if they
     # are one program.
-    chosen = jax.checkpoint(chosen, prevent_cse=False)
-    return chosen(where, tangent, tuple(arrays), tuple(results[1:]))
-
-  @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-  def loss(axes: Axes, where: jax.Array, *arrays: Any) -> Any:
-    return evaluate(axes, where, *arrays)
+    term = jax.checkpoint(by_platform(on_cpu, elsewhere), prevent_cse=False)
+    return term(where, tangent, tuple(arrays), tuple(results[1:]))
 
   @functools.partial(loss.defjvp, symbolic_zeros=_SYMBOLIC_ZEROS)
   def _(axes, primals, tangents):

@@ -468,17 +468,6 @@ def softmax_cross_entropy_with_integer_labels(
   return softmax_cross_entropy_of_class(mask, logits, labels)
 
 
-def _loss_of_class(loss, fill, scores, labels, *, axis, where):
-  """Masks a loss of scores and of the class of each example.
-
-  The loss has no `axis`, and the fill puts masked scores where they do not
-  change the loss.
-  """
-  mask = Mask(where, axis, scores, examples=labels).with_class(labels)
-  (x,) = axes_last(axis, mask(scores, fill, "scores"))
-  return mask.out(loss(x, mask.example(labels, 0)))
-
-
 def _with_margin(scores, labels, where, margin, axes):
   """Half of the scores with a margin, the scores, and which are the labels'.
 
@@ -520,8 +509,11 @@ def _maximum_by_scores(axes, where, tangent, arrays, statistics):
 _maximum_loss = with_partials(_maximum_value, _maximum_by_scores)
 
 
-def _maximum_above_label(scores, labels, margin, *, axis, where):
-  """The maximum of scores, less that of the label, which has no margin."""
+def _maximum_above_label(loss, margin, scores, labels, *, axis, where):
+  """Masks the maximum of scores less that of the label, which has no margin."""
+  if where is None:
+    (x,) = axes_last(axis, scores)
+    return loss(x, labels)
   mask = Mask(where, axis, scores, examples=labels)
   scores = mask.as_array(scores)
   check_floating("scores", scores)
@@ -533,10 +525,10 @@ def _maximum_above_label(scores, labels, margin, *, axis, where):
   if jnp.issubdtype(labels.dtype, jnp.integer):
     labels = labels.astype(classes.dtype)
   labels = expanded(labels, len(shape), axes)
-  loss, _ = _maximum_loss(axes, mask.where, scores, labels, included, margin)
+  result, _ = _maximum_loss(axes, mask.where, scores, labels, included, margin)
   # Optax's labels are one-hot, in the default dtype.
   dtype = jnp.promote_types(scores.dtype, jnp.zeros(()).dtype)
-  return jnp.squeeze(loss, mask.axes).astype(dtype)
+  return jnp.squeeze(result, axes).astype(dtype)
 
 
 @compiled()
@@ -588,10 +580,9 @@ def multiclass_hinge_loss(
     Kernel-based Vector Machines
     <https://www.jmlr.org/papers/v2/crammer01a.html>`_, 2001.
   """
-  if where is None:
-    x = axes_last(axis, scores)[0]
-    return original.multiclass_hinge_loss(x, labels)
-  return _maximum_above_label(scores, labels, 1, axis=axis, where=where)
+  return _maximum_above_label(
+    original.multiclass_hinge_loss, 1, scores, labels, axis=axis, where=where
+  )
 
 
 @compiled()
@@ -640,10 +631,14 @@ def multiclass_perceptron_loss(
     Collins, `Discriminative Training Methods for Hidden Markov Models
     <https://aclanthology.org/W02-1001>`_, 2002.
   """
-  if where is None:
-    x = axes_last(axis, scores)[0]
-    return original.multiclass_perceptron_loss(x, labels)
-  return _maximum_above_label(scores, labels, 0, axis=axis, where=where)
+  return _maximum_above_label(
+    original.multiclass_perceptron_loss,
+    0,
+    scores,
+    labels,
+    axis=axis,
+    where=where,
+  )
 
 
 # The class is not in the normalizer; a label of 0 removes both of its terms.
@@ -712,12 +707,11 @@ def poly_loss_cross_entropy(
   )
 
 
-# 1 * (log 1 - 0) = 0. The derivative by a target of 0 is left to JAX: in Optax
-# it is NaN in reverse mode alone.
+# 1 * (log 1 - 0) = 0, with finite derivatives; log 0 would not have them.
 _kl_divergence = elementwise(
   functools.partial(original.kl_divergence, axis=()),
   lambda log_p, t: -t,
-  None,
+  None,  # At a target of 0 JAX's own is NaN in reverse mode alone.
   fills=(0, 1),
 )
 # exp(0) * (0 - 0) = 0.
@@ -1217,15 +1211,11 @@ def multiclass_sparsemax_loss(
     Attention and Multi-Label Classification
     <https://arxiv.org/abs/1602.02068>`_, 2016.
   """
+  mask = Mask(where, axis, scores, examples=labels).with_class(labels)
   # A score that is 1 or more below the maximum is outside of the support.
-  return _loss_of_class(
-    functools.partial(_batched, original.multiclass_sparsemax_loss),
-    _wide_below_maximum,
-    scores,
-    labels,
-    axis=axis,
-    where=where,
-  )
+  (x,) = axes_last(axis, mask(scores, _wide_below_maximum, "scores"))
+  labels = mask.example(labels, 0)
+  return mask.out(_batched(original.multiclass_sparsemax_loss, x, labels))
 
 
 def _batched(

@@ -74,8 +74,7 @@ def ranking_softmax_loss(
     probability model.
   """
   if where is None:
-    x, y, w = axes_last(axis, logits, labels, weights)
-    return original.ranking_softmax_loss(x, y, weights=w, reduce_fn=reduce_fn)
+    return _unmasked(logits, labels, weights, axis, reduce_fn)
   losses, included = _losses_of_lists(
     logits, labels, weights, axis=axis, where=where
   )
@@ -91,12 +90,16 @@ def ranking_softmax_loss(
   return jnp.where(jnp.isnan(reduced) & jnp.isnan(ones), 0.0, reduced)
 
 
+def _unmasked(logits, labels, weights, axis, reduce_fn):
+  x, y, w = axes_last(axis, logits, labels, weights)
+  return original.ranking_softmax_loss(x, y, weights=w, reduce_fn=reduce_fn)
+
+
 @compiled()
 def _losses_of_lists(logits, labels, weights=None, *, axis, where):
   """The losses, and whether anything of each list is included."""
   if where is None:  # To raise Optax's errors.
-    x, y, w = axes_last(axis, logits, labels, weights)
-    return original.ranking_softmax_loss(x, y, weights=w, reduce_fn=None)
+    return _unmasked(logits, labels, weights, axis, None)
   mask = Mask(
     where,
     axis,

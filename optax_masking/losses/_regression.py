@@ -37,12 +37,11 @@ def _loss_of_error(loss, masked_loss, predictions, targets, *, axis, where):
     return mask.sum(loss(predictions, targets))
   x, y = mask.as_array(predictions), mask.as_array(targets)
   check_floating("predictions", x)
-  if y is None:
-    return mask.sum(masked_loss(mask.where, x), zeroed=True)
-  if not jnp.issubdtype(y.dtype, jnp.floating):
+  if y is not None and not jnp.issubdtype(y.dtype, jnp.floating):
     # A sum, unlike a conversion, is weak where Optax's difference is.
     y = jnp.zeros_like(x, shape=()) + y
-  return mask.sum(masked_loss(mask.where, x, y), zeroed=True)
+  arrays = (x,) if y is None else (x, y)
+  return mask.sum(masked_loss(mask.where, *arrays), zeroed=True)
 
 
 @compiled()

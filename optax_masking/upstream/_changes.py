@@ -96,6 +96,7 @@ def change_of(name: str) -> Change:
     for path in (_HERE.parent / "losses").glob("_*.py")
     if f"\ndef {name}(" in (text := path.read_text("utf-8"))
   )
+  arguments = [a.arg for a in wrapper.args.args][: len(ROWS[name].data)]
   declared = {
     keyword.arg: float(ast.literal_eval(keyword.value))
     for decorator in wrapper.decorator_list
@@ -103,10 +104,15 @@ def change_of(name: str) -> Change:
     for keyword in decorator.keywords
     if isinstance(keyword.value, ast.Constant)
   }
-  arguments = [a.arg for a in wrapper.args.args][: len(ROWS[name].data)]
+  first = min(d.lineno for d in wrapper.decorator_list)
+  # Or a derivative that is written out has them: `elementwise(..., fills=...)`.
+  pattern = rf"^_{name} = elementwise\(.*?^  fills=(\(.*?\)),$"
+  if written := re.search(pattern, text, re.M | re.S):
+    fills = ast.literal_eval(written[1])
+    declared = dict(zip(arguments, map(float, fills), strict=True))
+    first = text.count("\n", 0, written.start()) + 1
   if not declared.keys() >= {*arguments}:
     return Change(obstacle="its fills are no numbers and not in changes.toml")
-  first = min(d.lineno for d in wrapper.decorator_list)
   above = "\n".join(text.splitlines()[: first - 1])
   comment = re.search(r"(?:^#.*\n?)*\Z", above, re.M)
   reason = " ".join((comment[0] if comment else "").replace("#", "").split())
