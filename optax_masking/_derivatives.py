@@ -23,8 +23,9 @@ _SYMBOLIC_ZEROS = hasattr(jax, "shard_map")
 
 def with_partials(
   value: Callable[..., tuple[jax.Array, ...]],
-  *partials: Callable[..., jax.Array],
+  *partials: Callable[..., jax.Array] | None,
   formula: Any = None,
+  recompute: bool = False,
 ) -> Callable[..., tuple[jax.Array, ...]]:
   """Gives a masked loss derivatives that are written out.
 
@@ -34,11 +35,13 @@ def with_partials(
       again.
     *partials: For each of the first arrays, the derivative of the loss with
       respect to it: a function ``partial(axes, where, tangent, arrays,
-      statistics)`` that is linear in the tangent of this array. The others have
-      no derivative.
+      statistics)`` that is linear in the tangent of this array; or None for
+      JAX's own. The other arrays have no derivative.
     formula: If given, it takes the place of the value and the derivatives where
       the program does not run on CPUs: a function ``formula(axes, where,
       *arrays)`` that returns the loss, and that JAX differentiates.
+    recompute: Whether derivatives on CPUs compute again what they share with
+      the value. Else compilers for CPUs may write it.
 
   Returns:
     A function like ``value``. Its statistics have no derivative.
@@ -64,17 +67,25 @@ def with_partials(
     return by_platform(on_cpu, elsewhere)(where, *arrays)
 
   def differentiate(i, axes, where, tangent, arrays, results):
+    def own(function, where, tangent, arrays):
+      def of_one(x):
+        return function(axes, where, *arrays[:i], x, *arrays[i + 1 :])
+
+      return jax.jvp(of_one, (arrays[i],), (tangent,))[1]
+
     def on_cpu(where, tangent, arrays, statistics):
-      term = partials[i](axes, where, tangent, arrays, statistics)
+      if recompute:
+        barrier = jax.lax.optimization_barrier
+        where, arrays = on_cpus(barrier, lambda x: x, (where, arrays))
+      if partials[i] is None:
+        term, *_ = own(value, where, tangent, arrays)
+      else:
+        term = partials[i](axes, where, tangent, arrays, statistics)
       return term.astype(results[0].dtype)
 
     def elsewhere(where, tangent, arrays, statistics):
       del statistics
-
-      def of_one(x):
-        return formula(axes, where, *arrays[:i], x, *arrays[i + 1 :])
-
-      term = jax.jvp(of_one, (arrays[i],), (tangent,))[1]
+      term = own(formula, where, tangent, arrays)
       return term.astype(results[0].dtype)
 
     # Nothing but the arguments and the statistics is kept for the backward
@@ -104,6 +115,7 @@ def elementwise(
   value: Callable[..., jax.Array],
   *partials: Callable[..., jax.Array] | None,
   fills: Sequence[float],
+  recompute: bool = False,
 ) -> Callable[..., jax.Array]:
   """Masks a loss with a number for each element, by its partial derivatives.
 
@@ -112,6 +124,7 @@ def elementwise(
     *partials: For each array the derivative with respect to it, a function of
       the same arrays, finite at the fills; or None for JAX's own.
     fills: For each array the number that replaces masked elements.
+    recompute: As in `with_partials`.
 
   Returns:
     A function of a mask with the rank of the data, and the arrays. Masked
@@ -122,18 +135,16 @@ def elementwise(
     pairs = zip(arrays, fills, strict=False)
     return [select(where, x, fill) for x, fill in pairs]
 
-  def derivative_with(i, partial):
+  def masked(partial):
+    if partial is None:
+      return None
+
     def derivative(axes, where, tangent, arrays, statistics):
       del axes, statistics
-      arrays = filled(where, arrays)
-      tangent = select(where, tangent, 0)
-      if partial is None:
-
-        def of_one(x):
-          return value(*arrays[:i], x, *arrays[i + 1 :])
-
-        return jax.jvp(of_one, (arrays[i],), (tangent,))[1]
-      slope = partial(*arrays)
+      slope, tangent = (
+        partial(*filled(where, arrays)),
+        select(where, tangent, 0),
+      )
       dtype = jnp.promote_types(slope.dtype, tangent.dtype)
       return slope.astype(dtype) * tangent.astype(dtype)
 
@@ -141,6 +152,7 @@ def elementwise(
 
   loss = with_partials(
     lambda axes, where, *arrays: (value(*filled(where, arrays)),),
-    *map(derivative_with, range(len(partials)), partials),
+    *map(masked, partials),
+    recompute=recompute,
   )
   return lambda where, *arrays: loss((), where, *arrays)[0]

@@ -720,6 +720,7 @@ _kl_divergence_with_log_targets = elementwise(
   lambda log_p, log_t: -jnp.exp(log_t),
   lambda log_p, log_t: jnp.exp(log_t) * (log_t - log_p + 1),
   fills=(0, 0),
+  recompute=True,
 )
 # 1 * (log 1 - 0) = 0, and exp(0) - 1 = 0.
 _generalized_kl_divergence = elementwise(

@@ -18,6 +18,7 @@ _smoothed = elementwise(
   # Not in the labels' dtype, which may be half precision.
   lambda labels, alpha, share: share - labels.astype(wide(labels.dtype)),
   fills=(0, 0.5, 1),
+  recompute=True,
 )
 
 
