@@ -6,28 +6,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._classes import varies_along, wide
+from optax_masking._classes import select, varies_along, wide
 from optax_masking._compiled import compiled
 from optax_masking._decorator import masked_inputs
-from optax_masking._derivatives import elementwise
+from optax_masking._derivatives import with_partials
 from optax_masking._mask import Axis, Mask, Where, check_floating
 from optax_masking.losses._original import original
 
-# At an error of 0 these losses and their slopes are 0. So masked elements need
-# no select behind the loss.
-_squared_error, _l2_loss, _log_cosh = (
-  elementwise(
-    loss,
-    lambda x, y=0, slope=slope: slope(x - y),
-    lambda x, y, slope=slope: -slope(x - y),
-    fills=(0, 0),
+
+def _of_error(loss, slope):
+  """Masks a loss of the error, by its derivative.
+
+  At an error of 0 these losses and their slopes are 0. So masked elements need
+  no select behind the loss.
+  """
+
+  def error(where, x, y=0):
+    return select(where, x, 0) - select(where, y, 0)
+
+  def derivative(axes, where, tangent, arrays, statistics):
+    del axes, statistics
+    return slope(error(where, *arrays)) * select(where, tangent, 0)
+
+  masked_loss = with_partials(
+    lambda axes, where, *arrays: (loss(where, error(where, *arrays)),),
+    derivative,
+    lambda *arguments: -derivative(*arguments),
   )
-  for loss, slope in (
-    (original.squared_error, lambda error: 2 * error),
-    (original.l2_loss, lambda error: error),
-    (original.log_cosh, jnp.tanh),
-  )
+  return lambda where, *arrays: masked_loss((), where, *arrays)[0]
+
+
+_squared_error = _of_error(
+  lambda where, error: original.squared_error(error), lambda error: 2 * error
 )
+# Selected once more, for XLA to write the error once, which is the gradient.
+_l2_loss = _of_error(
+  lambda where, error: original.l2_loss(select(where, error, 0)),
+  lambda error: error,
+)
+_log_cosh = _of_error(lambda where, error: original.log_cosh(error), jnp.tanh)
 
 
 def _loss_of_error(loss, masked_loss, predictions, targets, *, axis, where):
