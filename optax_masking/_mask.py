@@ -40,10 +40,9 @@ callers may mean classes by it refuses it (`refuse_ambiguous_where`).
 Clause 8 leaves out the Taylor mode of `jax.experimental.jet`. This mode has no
 rule for `jnp.any`, none for a choice between platforms, and ignores custom
 derivatives. A count instead of `jnp.any` would add a sixth to the time of a
-`kl_divergence`. The Taylor mode takes any mask of `hinge_loss`,
-`perceptron_loss` and `sparsemax_loss`, whose masked form is Optax's loss of
-filled arguments, and of `make_fenchel_young_loss`. It takes no mask of another
-loss.
+`kl_divergence`. The Taylor mode takes any mask of `sparsemax_loss`, whose
+masked form is Optax's loss of filled arguments, and of
+`make_fenchel_young_loss`. It takes no mask of another loss.
 """
 
 from __future__ import annotations

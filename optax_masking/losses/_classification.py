@@ -85,9 +85,34 @@ def sigmoid_binary_cross_entropy(
   return mask.sum(losses, zeroed=True)
 
 
+def _step(x):
+  """The derivative of a maximum of x and 0, which is half of 1 at 0."""
+  return jnp.where(x > 0, 1.0, jnp.where(x == 0, 0.5, 0.0))
+
+
 # At 0 and 0 each derivative of the product x y is the other factor: 0.
+_hinge_loss, _perceptron_loss = (
+  elementwise(
+    loss,
+    lambda x, y, margin=margin: -y * _step(margin - x * y),
+    None,
+    fills=(0, 0),
+    recompute=True,
+  )
+  for loss, margin in ((original.hinge_loss, 1), (original.perceptron_loss, 0))
+)
+
+
+def _loss_of_margin(loss, masked_loss, outputs, targets, *, axis, where):
+  """Masks a loss of the product of outputs and targets."""
+  mask = Mask(where, axis, outputs, targets)
+  if where is None:
+    return mask.sum(loss(outputs, targets))
+  x, y = mask.as_array(outputs), mask.as_array(targets)
+  return mask.sum(masked_loss(mask.where, x, y))
+
+
 @compiled()
-@masked_inputs(predictor_outputs=0.0, targets=0.0)
 def hinge_loss(
   predictor_outputs: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -126,12 +151,17 @@ def hinge_loss(
     Cortes and Vapnik, `Support-Vector Networks
     <https://doi.org/10.1007/BF00994018>`_, 1995.
   """
-  return original.hinge_loss(predictor_outputs, targets)
+  return _loss_of_margin(
+    original.hinge_loss,
+    _hinge_loss,
+    predictor_outputs,
+    targets,
+    axis=axis,
+    where=where,
+  )
 
 
-# At 0 and 0 each derivative of the product x y is the other factor: 0.
 @compiled()
-@masked_inputs(predictor_outputs=0.0, targets=0.0)
 def perceptron_loss(
   predictor_outputs: jax.typing.ArrayLike,
   targets: jax.typing.ArrayLike,
@@ -172,7 +202,14 @@ def perceptron_loss(
     Rosenblatt, `The Perceptron: A Probabilistic Model for Information Storage
     and Organization in the Brain <https://doi.org/10.1037/h0042519>`_, 1958.
   """
-  return original.perceptron_loss(predictor_outputs, targets)
+  return _loss_of_margin(
+    original.perceptron_loss,
+    _perceptron_loss,
+    predictor_outputs,
+    targets,
+    axis=axis,
+    where=where,
+  )
 
 
 # Half way up the parabola, where both derivatives are finite.
@@ -633,7 +670,7 @@ def multiclass_perceptron_loss(
   """
   return _maximum_above_label(
     original.multiclass_perceptron_loss,
-    0,
+    None,
     scores,
     labels,
     axis=axis,
