@@ -27,7 +27,7 @@ from optax_masking._cross_entropy import (
 from optax_masking._decorator import masked_inputs
 from optax_masking._derivatives import elementwise, with_partials
 from optax_masking._mask import Axis, Mask, Where, axes_last, check_floating
-from optax_masking.fills import PerExample, below_maximum
+from optax_masking.fills import below_maximum
 from optax_masking.losses._original import original
 
 
@@ -678,14 +678,20 @@ def multiclass_perceptron_loss(
   )
 
 
-# The class is not in the normalizer; a label of 0 removes both of its terms.
+def _poly_value(axes, where, logits, labels, epsilon):
+  mask = Mask(where, axes, logits, labels)
+  # A masked class is not in the normalizer, and a label of 0 removes both of
+  # its terms.
+  x, y = mask(logits, below_maximum), mask(labels, 0)
+  p = jnp.exp(jax.nn.log_softmax(x, axes))
+  cross_entropy = original.softmax_cross_entropy(x, y, axes)
+  return (cross_entropy + epsilon * jnp.sum(y * (1 - p), axes),)
+
+
+_poly_loss = with_partials(_poly_value, None, None, None, recompute=True)
+
+
 @compiled()
-@masked_inputs(
-  logits=below_maximum,
-  labels=0.0,
-  epsilon=PerExample(0.0),
-  refuse_ambiguous_where=True,
-)
 def poly_loss_cross_entropy(
   logits: jax.typing.ArrayLike,
   labels: jax.typing.ArrayLike,
@@ -739,9 +745,28 @@ def poly_loss_cross_entropy(
     Leng et al., `PolyLoss: A Polynomial Expansion Perspective of Classification
     Loss Functions <https://arxiv.org/abs/2204.12511>`_, 2022.
   """
-  return original.poly_loss_cross_entropy(
-    logits, labels, epsilon=epsilon, axis=axis
+  if where is None:
+    return original.poly_loss_cross_entropy(
+      logits, labels, epsilon=epsilon, axis=axis
+    )
+  mask = Mask(
+    where,
+    axis,
+    logits,
+    labels,
+    examples=epsilon,
+    refuse_ambiguous_where=True,
   )
+
+  rank = len(mask.shape)
+  x, y = mask.as_array(logits), mask.as_array(labels)
+  mask.check_axis_of(x, "logits")
+  mask.check_axis_of(y, "labels")
+  check_floating("logits", x)
+  x, y = (jnp.expand_dims(a, range(rank - a.ndim)) for a in (x, y))
+  epsilon = mask.example(epsilon, 0, "epsilon")
+  loss, *_ = _poly_loss(mask.axes, mask.where, x, y, jnp.asarray(epsilon))
+  return mask.out(loss)
 
 
 # 1 * (log 1 - 0) = 0, with finite derivatives; log 0 would not have them.
