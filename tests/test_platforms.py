@@ -122,6 +122,22 @@ def test_included_nan_comes_out(name):
   assert np.isnan(LOSSES[name](x, y, where=where)[4])
 
 
+def test_safe_labels_of_zero():
+  """An impossible class adds 0; labels of 0 have the derivative of others."""
+  x = np.array([[1.0, 2.0, -np.inf, np.nan]], "float32")
+  y = np.array([[0.0, 1.0, 0.0, 0.5]], "float32")
+  where = np.array([[True, True, True, False]])
+  total = lambda x, y: jnp.sum(  # noqa: E731
+    optax.safe_softmax_cross_entropy(x, y, where=where)
+  )
+  log_p = np.array([-1, 0]) - math.log1p(math.exp(-1))
+  assert_allclose(total(x, y), -log_p[1], rtol=1e-6)
+  by_x, by_y = jax.grad(total, (0, 1))(x, y)
+  p = np.exp(log_p)
+  assert_allclose(by_x[0], [p[0], p[1] - 1, 0, 0], rtol=1e-6)
+  assert_allclose(by_y[0], [*-log_p, np.inf, 0], rtol=1e-6)
+
+
 def test_hessian():
   x, y = data("softmax_cross_entropy", 0)
   where = np.random.default_rng(3).random(SHAPE) < 0.6
