@@ -30,7 +30,7 @@ Fill = float | Callable[[Array, jax.Array, Axes], jax.Array]
 
 # In float32, in which half precision is computed as a rule, the exponential of
 # this number is 0. In float64 it is too small to change a sum that has exp(0).
-_UNDERFLOW = 1.1 * math.log(float(jnp.finfo("float32").smallest_subnormal))
+UNDERFLOW = 1.1 * math.log(float(jnp.finfo("float32").smallest_subnormal))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def below_maximum(
   where: jax.Array,
   axes: Axes,
   *,
-  masked: float = _UNDERFLOW,
+  masked: float = UNDERFLOW,
   largest: float = math.inf,
 ) -> jax.Array:
   """Fills logits that enter a softmax, which a shift does not change.

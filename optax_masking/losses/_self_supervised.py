@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +22,12 @@ from optax_masking._mask import (
   canonicalize_axes,
   check_floating,
 )
-from optax_masking.fills import far_below, zero_unless_empty
+from optax_masking.fills import UNDERFLOW, zero_unless_empty
 from optax_masking.losses._original import original
 
 
 # Nothing but the vectors is kept for the backward pass.
-@functools.partial(jax.checkpoint, prevent_cse=False)
+@jax.checkpoint
 def _similarities(vectors):
   """The cosines of all pairs of vectors, none of which is 0 by a mask."""
   least = float(jnp.finfo(vectors.dtype).eps)
@@ -125,13 +123,14 @@ def ntxent(
   positive, negative = pairs & same, pairs & ~same
   any_negative = jnp.any(negative, -1, keepdims=True)
   # Only differences enter the loss, and they have more digits near 0.
-  least = jnp.min(x, -1, keepdims=True)
-  top = jnp.max(jnp.where(pairs, x, least), -1, keepdims=True)
-  x = x - jax.lax.stop_gradient(top)
-  filled = far_below(x, negative, (1,))
-  logs = jax.nn.logsumexp(filled, -1, keepdims=True)
+  least = float(jnp.finfo(x.dtype).min)
+  top = jnp.max(jnp.where(negative, x, least), -1, keepdims=True)
+  x -= jax.lax.stop_gradient(jnp.where(any_negative, top, 0))
+  exponentials = jnp.exp(select(negative, x, UNDERFLOW))
+  total = jnp.sum(exponentials, -1, keepdims=True)
+  losses = jax.nn.softplus(jnp.log(jnp.where(any_negative, total, 1)) - x)
   # Without a negative pair the loss is 0, or NaN if x is.
-  losses = jnp.where(any_negative, jax.nn.softplus(logs - x), x - x)
+  losses = jnp.where(any_negative, losses, 0 * x)
   losses = select(positive, losses, 0)
   return jnp.sum(losses) / jnp.maximum(jnp.sum(positive), 1)
 
