@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from optax_masking._classes import (
   expanded,
   flat_index,
   select,
+  take_class,
   wide,
 )
 from optax_masking._compiled import compiled
@@ -505,41 +507,49 @@ def softmax_cross_entropy_with_integer_labels(
   return softmax_cross_entropy_of_class(mask, logits, labels)
 
 
-def _with_margin(scores, labels, where, margin, axes):
-  """Half of the scores with a margin, the scores, and which are the labels'.
+def _halves(scores, classes, where, margin, axes):
+  """Halves of the scores, with a margin but for the label, and the labels.
 
-  Halves leave room for a fill below all that are finite.
+  Halves leave room for a fill below all that are finite. They keep each digit
+  of bfloat16.
   """
-  x = select(where, scores, 0).astype(wide(scores.dtype))
+  x = select(where, scores, 0)
   # Sharded as the scores are.
-  index = jnp.zeros_like(x, int) + flat_index(x.shape, axes)
-  is_label = index == labels
-  halves = jnp.where(is_label, x, x + margin) / 2
-  return jnp.where(where, halves, jnp.finfo(x.dtype).min), x, is_label
+  is_label = jnp.zeros_like(x, int) + flat_index(x.shape, axes) == classes
+  if margin is not None or x.dtype == jnp.float16:
+    x = x.astype(wide(x.dtype))
+  if margin is not None:
+    x = jnp.where(is_label, x, x + margin)
+  return jnp.where(where, x / 2, float(jnp.finfo(x.dtype).min)), is_label
 
 
-def _maximum_value(axes, where, scores, labels, included, margin):
+def _maximum_value(axes, where, scores, classes, included, margin):
   where = where & included
-  halves, x, is_label = _with_margin(scores, labels, where, margin, axes)
+  halves, _ = _halves(scores, classes, where, margin, axes)
   top = jnp.max(halves, axes, keepdims=True)
   some = jnp.any(where, axes, keepdims=True)
-  none_finite = top <= jnp.finfo(x.dtype).min
+  none_finite = top <= jnp.finfo(top.dtype).min
   largest = 2 * jnp.where(none_finite, 0, top)
   largest = jnp.where(none_finite & some, -jnp.inf, largest)
-  own = jnp.sum(jnp.where(is_label, x, 0), axes, keepdims=True)
-  return jnp.where(some, largest - own, 0), top
+  last = math.prod(scores.shape[a] for a in axes) - 1
+  own = take_class(scores, jnp.minimum(classes, last), axes)
+  own = jnp.where(some & (classes <= last), own, 0)
+  dtype = wide(scores.dtype)
+  return jnp.where(some, largest.astype(dtype) - own.astype(dtype), 0), top
 
 
 def _maximum_by_scores(axes, where, tangent, arrays, statistics):
-  scores, labels, included, margin = arrays
+  scores, classes, included, margin = arrays
   (top,) = statistics
   where = where & included
-  halves, _, is_label = _with_margin(scores, labels, where, margin, axes)
+  halves, is_label = _halves(scores, classes, where, margin, axes)
+  dtype = wide(top.dtype)
   # Scores that tie for the maximum share its derivative. With nothing included
   # all tie; if the maximum is NaN, then none does, and the derivative is NaN.
-  is_top = (halves == top).astype(top.dtype)
+  is_top = (halves == top).astype(dtype)
   count = jnp.sum(is_top, axes, keepdims=True)
-  slope = is_top / count - is_label.astype(top.dtype) + 0 * jnp.minimum(top, 0)
+  slope = is_top / count - is_label.astype(dtype)
+  slope += 0 * jnp.minimum(top, 0).astype(dtype)
   return jnp.sum(slope * select(where, tangent, 0), axes, keepdims=True)
 
 
@@ -547,7 +557,10 @@ _maximum_loss = with_partials(_maximum_value, _maximum_by_scores)
 
 
 def _maximum_above_label(loss, margin, scores, labels, *, axis, where):
-  """Masks the maximum of scores less that of the label, which has no margin."""
+  """Masks the maximum of scores less that of the label.
+
+  The others have the `margin`, if any.
+  """
   if where is None:
     (x,) = axes_last(axis, scores)
     return loss(x, labels)
@@ -557,12 +570,15 @@ def _maximum_above_label(loss, margin, scores, labels, *, axis, where):
   axes, shape = mask.axes, mask.shape
   scores = jnp.broadcast_to(scores, shape)
   classes = class_of_example(labels, shape, axes)
-  included = class_is_included(classes, mask.where, shape, axes)
   labels = jnp.asarray(labels)
   if jnp.issubdtype(labels.dtype, jnp.integer):
     labels = labels.astype(classes.dtype)
-  labels = expanded(labels, len(shape), axes)
-  result, _ = _maximum_loss(axes, mask.where, scores, labels, included, margin)
+  # Optax makes one-hot vectors of labels, which name no class if they are
+  # negative or have a fraction.
+  named = expanded(labels, len(shape), axes) == classes
+  classes = jnp.where(named, classes, math.prod(shape[a] for a in axes))
+  included = class_is_included(classes, mask.where, shape, axes)
+  result, _ = _maximum_loss(axes, mask.where, scores, classes, included, margin)
   # Optax's labels are one-hot, in the default dtype.
   dtype = jnp.promote_types(scores.dtype, jnp.zeros(()).dtype)
   return jnp.squeeze(result, axes).astype(dtype)
