@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optax.projections import projection_simplex
 
 from optax_masking._classes import (
   class_is_included,
@@ -1240,6 +1241,29 @@ def _wide_below_maximum(x, where, axes):
   return below_maximum(x, where, axes, masked=-2.0, largest=1e30)
 
 
+def _sparsemax_value(axes, where, scores, labels):
+  (x,) = axes_last(axes, _wide_below_maximum(scores, where, axes))
+  return (_batched(original.multiclass_sparsemax_loss, x, labels),)
+
+
+def _sparsemax_by_scores(axes, where, tangent, arrays, statistics):
+  """The projection onto the simplex, less 1 for the label."""
+  del statistics
+  scores, labels = arrays
+  filled = _wide_below_maximum(scores, where, axes)
+  x, dx = axes_last(axes, filled, select(where, tangent, 0))
+  project = jnp.vectorize(projection_simplex, signature="(n)->(n)")
+  labels = jnp.expand_dims(labels, -1)
+  # As an index: -1 is the last class, and one that is too large is cut off.
+  index = jnp.where(labels < 0, labels + x.shape[-1], labels)
+  index = jnp.clip(index, 0, x.shape[-1] - 1)
+  is_label = flat_index(x.shape, (x.ndim - 1,)) == index
+  return jnp.sum((project(x) - is_label) * dx, -1)
+
+
+_sparsemax_loss = with_partials(_sparsemax_value, _sparsemax_by_scores)
+
+
 @compiled()
 def multiclass_sparsemax_loss(
   scores: jax.typing.ArrayLike,
@@ -1290,11 +1314,15 @@ def multiclass_sparsemax_loss(
     Attention and Multi-Label Classification
     <https://arxiv.org/abs/1602.02068>`_, 2016.
   """
+  if where is None:
+    (x,) = axes_last(axis, scores)
+    return _batched(original.multiclass_sparsemax_loss, x, labels)
   mask = Mask(where, axis, scores, examples=labels).with_class(labels)
+  scores, labels = mask.as_array(scores), mask.example(labels, 0)
+  check_floating("scores", scores)
   # A score that is 1 or more below the maximum is outside of the support.
-  (x,) = axes_last(axis, mask(scores, _wide_below_maximum, "scores"))
-  labels = mask.example(labels, 0)
-  return mask.out(_batched(original.multiclass_sparsemax_loss, x, labels))
+  loss, *_ = _sparsemax_loss(mask.axes, mask.where, scores, labels)
+  return mask.out(loss)
 
 
 def _batched(
