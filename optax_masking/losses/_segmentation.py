@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_masking._classes import select
+from optax_masking._classes import select, varies_along
 from optax_masking._compiled import compiled
+from optax_masking._derivatives import with_partials
 from optax_masking._mask import Axis, Mask, Where, canonicalize_axes
 from optax_masking.fills import below_maximum
 from optax_masking.losses._original import original
@@ -115,6 +116,23 @@ def dice_loss(
   )
 
 
+def _softmax_value(axes, where, logits):
+  # A pixel that is masked as a whole needs no fill, since it is 0.
+  if varies_along(where, axes):
+    logits = below_maximum(logits, where, axes)
+  return (select(where, jax.nn.softmax(logits, axes), 0),)
+
+
+def _softmax_by_logits(axes, where, tangent, arrays, statistics):
+  del statistics
+  (p,) = _softmax_value(axes, where, *arrays)
+  dx = select(where, tangent, 0)
+  return p * (dx - jnp.sum(p * dx, axes, keepdims=True))
+
+
+_softmax = with_partials(_softmax_value, _softmax_by_logits)
+
+
 class _Sums(NamedTuple):
   """Sums over the pixels of each class, and whether there is a pixel."""
 
@@ -147,9 +165,10 @@ def _sums_over_pixels(
       return masked(x)
     if shape[-1] == 1:
       return mask(jax.nn.sigmoid(masked(x)), 0)
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-      x = jnp.asarray(x, float)
-    return mask(jax.nn.softmax(mask(x, below_maximum)), 0)
+    x = mask.as_array(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      x = x.astype(float)
+    return _softmax(mask.axes, mask.where, x)[0]
 
   # The backward pass computes the probabilities again, and does not keep them.
   @jax.checkpoint
@@ -363,8 +382,12 @@ def _generalized_dice_loss(
     axis = _pixel_axes(axis, jnp.shape(predictions))
   sums = _sums_over_pixels(predictions, targets, where, axis, apply_softmax)
   others = tuple(range(sums.targets.ndim - 1))
-  present = jnp.any(sums.included, others)
-  frequencies = select(present, jnp.sum(sums.targets, others), 1)
+  # With a barrier compilers add up the sums, and not the targets once more.
+  targets, included = jax.lax.optimization_barrier(
+    (sums.targets, sums.included)
+  )
+  present = jnp.any(included, others)
+  frequencies = select(present, jnp.sum(targets, others), 1)
   weights = 1 / (frequencies**2 + 1e-7)
   weights = select(present, weights, 0)
   total = select(jnp.any(present), jnp.sum(weights), 1)
