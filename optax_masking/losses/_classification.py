@@ -1120,7 +1120,7 @@ def ctc_loss_with_forward_probs(
   labels = jnp.where(padding, blank_id, labels)
   losses, *log_probs = loss(labels, label_paddings)
   # A sequence has no target if the class of a label is masked in all frames.
-  (kept,) = axes_last(axis, jnp.broadcast_to(mask.where, mask.shape))
+  (kept,) = axes_last(axis, mask.where)
   named = jax.nn.one_hot(labels, x.shape[-1], dtype=bool)
   lost = named & ~jnp.any(kept, 1)[:, None] & ~padding[..., None]
   included = jnp.any(kept, (1, 2)) & ~jnp.any(lost, (1, 2))
