@@ -1232,6 +1232,63 @@ class DerivativesTest(parameterized.TestCase):
     got = jax.jacfwd(masked, (0, 1))(*arguments)
     assert_all_close(got, jax.jacfwd(original, (0, 1))(*arguments), "float32")
 
+  @parameterized.parameters("hinge_loss", "perceptron_loss")
+  def test_kinks_and_nan_of_a_margin(self, name):
+    """Gradients and mixed derivatives, where a maximum has two slopes."""
+    loss, original = (getattr(m.losses, name) for m in (optax, upstream))
+    outputs = jnp.array([1.0, 0.0, -1.0, 2.0, 0.0, NAN, 3.0])
+    targets = jnp.array([1.0, 1.0, -1.0, 0.5, 0.0, 1.0, 0.0])
+
+    def derivatives(loss):
+      total = lambda x, y: jnp.sum(loss(x, y))  # noqa: E731
+      by_outputs = jax.grad(total)
+      finite = outputs[:5], targets[:5]
+      return (
+        jax.grad(total, (0, 1))(outputs, targets),
+        jax.jacfwd(by_outputs, (0, 1))(*finite),
+        jax.jacrev(jax.grad(total, 1), (0, 1))(*finite),
+      )
+
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      derivatives(functools.partial(loss, where=True)),
+      derivatives(original),
+    )
+
+  @parameterized.parameters(
+    "multiclass_hinge_loss", "multiclass_perceptron_loss"
+  )
+  def test_labels_that_name_no_class(self, name):
+    """A one-hot vector of -1 has no class, which a mask may then hide."""
+    loss, original = (getattr(m.losses, name) for m in (optax, upstream))
+    scores = jnp.array([[0.5, -1.0, 2.0], [3.0, 1.0, 9.0], [0.0, 4.0, 1.0]])
+    labels = np.array([-1, 7, -1])
+    where = np.array([[True, True, False]] * 3)
+    slope = jax.value_and_grad(lambda x, **k: jnp.sum(loss(x, labels, **k)))
+    value, gradient = slope(scores, where=where)
+    exact, other = jax.value_and_grad(lambda x: jnp.sum(original(x, labels)))(
+      scores[:, :2]
+    )
+    np.testing.assert_array_equal(value, exact)
+    np.testing.assert_array_equal(gradient[:, :2], other)
+    np.testing.assert_array_equal(gradient[:, 2], 0)
+
+  @parameterized.parameters(([0, 1, 2, 3],), ([-1, -4, 5, 100],))
+  def test_sparsemax(self, labels):
+    """Also of labels that Optax reads as an index from the end, or cuts off."""
+    labels = np.array(labels)
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)))
+
+    def masked(scores):
+      return optax.losses.multiclass_sparsemax_loss(scores, labels, where=True)
+
+    def unmasked(scores):
+      return upstream.losses.multiclass_sparsemax_loss(scores, labels)
+
+    for derive in (jax.jacfwd, jax.jacrev, jax.hessian):
+      got, expected = derive(masked)(scores), derive(unmasked)(scores)
+      assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
   def test_included_nan_of_another_class(self):
     scores = jnp.array([[0.2, NAN, 0.0]])
     tangent = jnp.array([[1.0, 2.0, 3.0]])

@@ -142,7 +142,8 @@ def test_reverse_over_reverse(case, dtype):
   forward, reverse = jax.jit(
     lambda x: [jac(gradient)(x) for jac in (jax.jacfwd, jax.jacrev)]
   )([arguments[p] for p in case.floating])
-  assert_all_close(reverse, forward, dtype, roundings=64)
+  # Differences of much larger terms.
+  assert_all_close(reverse, forward, dtype, roundings=512)
 
 
 @each_case(dtypes=DTYPES[:1], mechanisms=True)
