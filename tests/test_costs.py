@@ -6,6 +6,7 @@ the limits are those of CPUs. `python -m benchmarks` prints them, with times.
 
 import functools
 import inspect
+import pathlib
 import re
 import unittest
 
@@ -26,6 +27,7 @@ from cases import (
 )
 
 import optax_masking as optax
+from benchmarks.cases import make_case
 from benchmarks.counters import counters_of, residual_bytes, scanned_temporaries
 
 INTEGER = "softmax_cross_entropy_with_integer_labels"
@@ -71,12 +73,16 @@ def value_and_grad(loss):
   )
 
 
-@pytest.mark.slow
-@unittest.skipIf(
-  jax.default_backend() != "cpu" or jax.__version_info__[:2] != (0, 10),
-  "The compiler of this platform or version counts otherwise.",
+on_this_compiler = unittest.skipIf(
+  jax.default_backend() != "cpu"
+  or jax.__version_info__[:2] != (0, 10)
+  or jax.config.jax_enable_x64,
+  "A compiler of another platform, version or precision counts otherwise.",
 )
-@unittest.skipIf(jax.config.jax_enable_x64, "The limits are of 32 bits.")
+
+
+@pytest.mark.slow
+@on_this_compiler
 class CountersTest(parameterized.TestCase):
   @parameterized.parameters(
     # The limit of bytes is relative to Optax without a mask, that of
@@ -127,6 +133,37 @@ class CountersTest(parameterized.TestCase):
       floor = counters(original, *arguments)
       limit = {INTEGER: 1.01, SOFT: 2.05}[name]
       self.assertLessEqual(got["bytes"], limit * floor["bytes"])
+
+
+def documented():
+  """The columns of `docs/costs.md` for CPUs: row mask / full mask."""
+  path = pathlib.Path(__file__).parents[1] / "docs/costs.md"
+  ratio = r"([\d.]+) / ([\d.]+)"
+  for line in path.read_text().splitlines():
+    if row := re.match(rf"\| `(\w+)` \| {ratio} \| (?:{ratio}|—)", line):
+      name, *ratios = row.groups()
+      yield name, "float32", ratios[:2]
+      if ratios[2]:
+        yield pytest.param(
+          name, "bfloat16", ratios[2:], marks=pytest.mark.nightly
+        )
+
+
+@pytest.mark.slow
+@on_this_compiler
+@pytest.mark.parametrize(("name", "dtype", "expected"), [*documented()])
+def test_documented_ratios(name, dtype, expected):
+  case = make_case(name, dtype, *CLASSES_LAST)
+  loss, original = case.of(optax), case.of(upstream)
+
+  def masked(*arguments):
+    return loss(*arguments[:-1], where=arguments[-1])
+
+  floor = counters(value_and_grad(original), *case.arguments)["bytes"]
+  for kind, ratio in zip(("row", "full"), expected, strict=True):
+    arguments = *case.arguments, case.mask(kind, 0.5)
+    got = counters(value_and_grad(masked), *arguments)["bytes"] / floor
+    assert_allclose(got, float(ratio), rtol=0.02, atol=0.005)
 
 
 @pytest.mark.slow
