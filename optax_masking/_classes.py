@@ -12,6 +12,10 @@ Array = jax.Array | np.ndarray
 Axes = tuple[int, ...]  # Canonical: none negative, none repeated.
 Shape = tuple[int, ...]
 
+# In float32, in which half precision is computed as a rule, the exponential of
+# this number is 0. In float64 it is too small to change a sum that has exp(0).
+UNDERFLOW = 1.1 * math.log(float(jnp.finfo("float32").smallest_subnormal))
+
 
 def select(where: jax.Array, x: Any, fill: float) -> jax.Array:
   """Replaces masked elements by a number, and keeps the dtype, weak or not."""

@@ -64,6 +64,8 @@ def softmax_cross_entropy_of_probabilities(
   mask.check_axis_of(labels, "labels")
   logits, labels = mask.as_array(logits), mask.as_array(labels)
   dtype = jnp.result_type(logits, labels)
+  if safe:  # Optax's custom derivative makes weak types strong.
+    dtype = jnp.promote_types(logits.dtype, labels.dtype)
   if jnp.issubdtype(labels.dtype, jnp.complexfloating):
     raise TypeError(f"`labels` must be real, but has dtype {labels.dtype}.")
   if not jnp.issubdtype(labels.dtype, jnp.floating):
@@ -179,7 +181,7 @@ def _probabilities_formula(axes, where, logits, labels):
   return jnp.expand_dims(loss, axes)
 
 
-# Optax's own takes a kernel more in half precision.
+# Optax's formula takes one more kernel on a GPU in half precision.
 def _safe_formula(axes, where, logits, labels):
   x, y = below_maximum(logits, where, axes), jnp.where(where, labels, 0)
   terms = _safe_product(y, jax.nn.log_softmax(x, axes))
@@ -188,7 +190,10 @@ def _safe_formula(axes, where, logits, labels):
 
 @jax.custom_jvp
 def _safe_product(y, log_p):
-  """A product that is 0 at a label of 0; the derivatives are a product's."""
+  """A product that is 0 at a label of 0; the derivatives are a product's.
+
+  In forward mode these are NaN at a logit of minus infinity, as in Optax.
+  """
   return jnp.where(y == 0, 0, y * log_p)
 
 

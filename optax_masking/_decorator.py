@@ -173,7 +173,7 @@ def masked_inputs(
       given = {n: call.arguments[n] for n in fills}
       arrays = {n: x for n, x in given.items() if _is_array(x, parameters[n])}
       examples = [n for n in arrays if isinstance(fills[n], PerExample)]
-      # A mask may broadcast arguments that the loss itself would refuse.
+      # Under a mask these broadcast, but the loss itself may refuse them.
       if len({np.shape(arrays[n]) for n in arrays.keys() - examples}) > 1:
         raise_as_unmasked(lambda: evaluate(call, where=None))
       mask = Mask(
@@ -190,6 +190,8 @@ def masked_inputs(
           filled[name] = mask.example(x, fill.fill, name)
         else:
           filled[name] = mask(x, fill, name)
+      if any(np.shape(filled[n]) != np.shape(arrays[n]) for n in examples):
+        raise_as_unmasked(lambda: evaluate(call, where=None))
       whole = jnp.broadcast_to(mask.where, mask.shape)
       result = evaluate(call, **filled, where=whole)
       _check_result(np.shape(result), mask, elementwise)

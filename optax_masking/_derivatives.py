@@ -40,8 +40,8 @@ def with_partials(
     formula: If given, it takes the place of the value and the derivatives where
       the program does not run on CPUs: a function ``formula(axes, where,
       *arrays)`` that returns the loss, and that JAX differentiates.
-    recompute: Whether derivatives on CPUs compute again what they share with
-      the value. Else compilers for CPUs may write it.
+    recompute: Whether derivatives on CPUs compute anew what the value has
+      computed. Otherwise XLA may write to memory what the two share.
 
   Returns:
     A function like ``value``. Its statistics have no derivative.
@@ -74,7 +74,7 @@ def with_partials(
       return jax.jvp(of_one, (arrays[i],), (tangent,))[1]
 
     def on_cpu(where, tangent, arrays, statistics):
-      if recompute:
+      if recompute:  # The barriers of `jax.checkpoint` would hold on GPUs, too.
         barrier = jax.lax.optimization_barrier
         where, arrays = on_cpus(barrier, lambda x: x, (where, arrays))
       if partials[i] is None:
@@ -89,8 +89,8 @@ def with_partials(
       return term.astype(results[0].dtype)
 
     # Nothing but the arguments and the statistics is kept for the backward
-    # pass. Without barriers XLA computes what both passes need once, if they
-    # are one program.
+    # pass. Without a barrier XLA may share work between the passes, if they are
+    # one program.
     term = jax.checkpoint(by_platform(on_cpu, elsewhere), prevent_cse=False)
     return term(where, tangent, tuple(arrays), tuple(results[1:]))
 

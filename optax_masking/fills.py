@@ -17,7 +17,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from optax_masking._classes import Array, Axes, flat_index, varies_along
+from optax_masking._classes import (
+  UNDERFLOW,
+  Array,
+  Axes,
+  flat_index,
+  varies_along,
+)
 
 __all__ = [
   "PerExample",
@@ -27,10 +33,6 @@ __all__ = [
 ]
 
 Fill = float | Callable[[Array, jax.Array, Axes], jax.Array]
-
-# In float32, in which half precision is computed as a rule, the exponential of
-# this number is 0. In float64 it is too small to change a sum that has exp(0).
-UNDERFLOW = 1.1 * math.log(float(jnp.finfo("float32").smallest_subnormal))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1255,6 +1255,30 @@ class DerivativesTest(parameterized.TestCase):
       derivatives(original),
     )
 
+  @parameterized.product(
+    name=("hinge_loss", "perceptron_loss"), dtype=("bool", "uint8", "int32")
+  )
+  def test_targets_that_are_not_floating(self, name, dtype):
+    loss, original = (getattr(m.losses, name) for m in (optax, upstream))
+    outputs, targets = jnp.array([0.5, -2.0, 3.0]), jnp.array([1, 1, 0], dtype)
+    got = jax.grad(lambda x: jnp.sum(loss(x, targets, where=True)))(outputs)
+    expected = jax.grad(lambda x: jnp.sum(original(x, targets)))(outputs)
+    np.testing.assert_array_equal(got, expected)
+
+  def test_small_scores_of_float16(self):
+    """Half of each is rounded to the same number in float16."""
+    scores = (
+      jnp.array([[1, 2, 3, 0]], "float16") * np.finfo("float16").tiny / 1024
+    )
+    labels = np.array([3])
+    where = np.array([[True, True, True, True]])
+    got = jax.grad(
+      lambda x: jnp.sum(
+        optax.losses.multiclass_perceptron_loss(x, labels, where=where)
+      )
+    )(scores)
+    np.testing.assert_array_equal(got, [[0, 0, 1, -1]])
+
   @parameterized.parameters(
     "multiclass_hinge_loss", "multiclass_perceptron_loss"
   )
@@ -1290,6 +1314,13 @@ class DerivativesTest(parameterized.TestCase):
     for derive in (jax.jacfwd, jax.jacrev, jax.hessian):
       got, expected = derive(masked)(scores), derive(unmasked)(scores)
       assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    infinite = scores.at[0].set(jnp.array([-jnp.inf, 0.2, 0.1, -5.0]))
+    got, expected = (
+      jax.grad(lambda x, f=f: jnp.sum(f(x)))(infinite)
+      for f in (masked, unmasked)
+    )
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    assert np.isnan(got).any() == (labels[0] == 0)
 
   def test_included_nan_of_another_class(self):
     scores = jnp.array([[0.2, NAN, 0.0]])

@@ -129,10 +129,14 @@ def test_derivatives(case, dtype, transform):
 
 
 @each_case(dtypes=DTYPES[:1], mechanisms=True)
-def test_reverse_over_reverse(case, dtype):
+@pytest.mark.parametrize("kind", ["elements", "rows"])
+def test_reverse_over_reverse(case, dtype, kind):
   """The Hessian, of all arguments, as it is forward over reverse."""
   where = masks(case.shape)["random"]
-  arguments = case.garbled(case.arguments(dtype), where)
+  if kind == "rows":
+    where = row_masks(case.shape)["some rows masked"]
+  full = np.broadcast_to(where, case.shape)
+  arguments = case.garbled(case.arguments(dtype), full)
 
   def total(floats):
     given = case.with_floats(arguments, floats)
@@ -142,8 +146,11 @@ def test_reverse_over_reverse(case, dtype):
   forward, reverse = jax.jit(
     lambda x: [jac(gradient)(x) for jac in (jax.jacfwd, jax.jacrev)]
   )([arguments[p] for p in case.floating])
-  # Differences of much larger terms.
-  assert_all_close(reverse, forward, dtype, roundings=512)
+  # Of a vector with one entry the cosine has no second derivative, but terms
+  # that cancel do.
+  roundings = 512 if case.name.startswith("cosine") else 64
+  assert np.all([np.isfinite(x).all() for x in jax.tree.leaves(forward)])
+  assert_all_close(reverse, forward, dtype, roundings=roundings)
 
 
 @each_case(dtypes=DTYPES[:1], mechanisms=True)

@@ -97,7 +97,8 @@ def _step(x):
 _hinge_loss, _perceptron_loss = (
   elementwise(
     loss,
-    lambda x, y, margin=margin: -y * _step(margin - x * y),
+    # Negated last, since targets may be unsigned or boolean.
+    lambda x, y, margin=margin: -(y * _step(margin - x * y)),
     None,
     fills=(0, 0),
     recompute=True,
@@ -509,22 +510,22 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 def _halves(scores, classes, where, margin, axes):
-  """Halves of the scores, with a margin but for the label, and the labels.
+  """Half of each score plus its margin, and whether each class is the label.
 
-  Halves leave room for a fill below all that are finite. They keep each digit
-  of bfloat16.
+  The label has no margin. Halves leave room for a fill below all that are
+  finite. Half of a small float16 may lose a digit, so float16 is widened.
   """
   x = select(where, scores, 0)
   # Sharded as the scores are.
   is_label = jnp.zeros_like(x, int) + flat_index(x.shape, axes) == classes
-  if margin is not None or x.dtype == jnp.float16:
+  if margin or x.dtype == jnp.float16:
     x = x.astype(wide(x.dtype))
-  if margin is not None:
+  if margin:
     x = jnp.where(is_label, x, x + margin)
   return jnp.where(where, x / 2, float(jnp.finfo(x.dtype).min)), is_label
 
 
-def _maximum_value(axes, where, scores, classes, included, margin):
+def _maximum_value(axes, where, scores, classes, included, *, margin):
   where = where & included
   halves, _ = _halves(scores, classes, where, margin, axes)
   top = jnp.max(halves, axes, keepdims=True)
@@ -532,15 +533,15 @@ def _maximum_value(axes, where, scores, classes, included, margin):
   none_finite = top <= jnp.finfo(top.dtype).min
   largest = 2 * jnp.where(none_finite, 0, top)
   largest = jnp.where(none_finite & some, -jnp.inf, largest)
-  last = math.prod(scores.shape[a] for a in axes) - 1
-  own = take_class(scores, jnp.minimum(classes, last), axes)
-  own = jnp.where(some & (classes <= last), own, 0)
+  named = classes < math.prod(scores.shape[a] for a in axes)
+  own = take_class(scores, jnp.where(named, classes, 0), axes)
+  own = jnp.where(some & named, own, 0)
   dtype = wide(scores.dtype)
   return jnp.where(some, largest.astype(dtype) - own.astype(dtype), 0), top
 
 
-def _maximum_by_scores(axes, where, tangent, arrays, statistics):
-  scores, classes, included, margin = arrays
+def _maximum_by_scores(axes, where, tangent, arrays, statistics, *, margin):
+  scores, classes, included = arrays
   (top,) = statistics
   where = where & included
   halves, is_label = _halves(scores, classes, where, margin, axes)
@@ -554,32 +555,37 @@ def _maximum_by_scores(axes, where, tangent, arrays, statistics):
   return jnp.sum(slope * select(where, tangent, 0), axes, keepdims=True)
 
 
-_maximum_loss = with_partials(_maximum_value, _maximum_by_scores)
+_hinge_of_classes, _perceptron_of_classes = (
+  with_partials(
+    functools.partial(_maximum_value, margin=margin),
+    functools.partial(_maximum_by_scores, margin=margin),
+  )
+  for margin in (1, 0)
+)
 
 
-def _maximum_above_label(loss, margin, scores, labels, *, axis, where):
-  """Masks the maximum of scores less that of the label.
-
-  The others have the `margin`, if any.
-  """
+def _maximum_above_label(loss, masked_loss, scores, labels, *, axis, where):
+  """Masks the maximum of scores less that of the label."""
   if where is None:
     (x,) = axes_last(axis, scores)
     return loss(x, labels)
+  labels = jnp.asarray(labels)
+  if labels.dtype == bool:
+    return loss(scores, labels)  # Optax refuses these.
   mask = Mask(where, axis, scores, examples=labels)
   scores = mask.as_array(scores)
   check_floating("scores", scores)
   axes, shape = mask.axes, mask.shape
   scores = jnp.broadcast_to(scores, shape)
   classes = class_of_example(labels, shape, axes)
-  labels = jnp.asarray(labels)
   if jnp.issubdtype(labels.dtype, jnp.integer):
     labels = labels.astype(classes.dtype)
   # Optax makes one-hot vectors of labels, which name no class if they are
   # negative or have a fraction.
-  named = expanded(labels, len(shape), axes) == classes
+  named = expanded(labels, len(shape), axes) == classes.astype(labels.dtype)
   classes = jnp.where(named, classes, math.prod(shape[a] for a in axes))
   included = class_is_included(classes, mask.where, shape, axes)
-  result, _ = _maximum_loss(axes, mask.where, scores, classes, included, margin)
+  result, _ = masked_loss(axes, mask.where, scores, classes, included)
   # Optax's labels are one-hot, in the default dtype.
   dtype = jnp.promote_types(scores.dtype, jnp.zeros(()).dtype)
   return jnp.squeeze(result, axes).astype(dtype)
@@ -635,7 +641,12 @@ def multiclass_hinge_loss(
     <https://www.jmlr.org/papers/v2/crammer01a.html>`_, 2001.
   """
   return _maximum_above_label(
-    original.multiclass_hinge_loss, 1, scores, labels, axis=axis, where=where
+    original.multiclass_hinge_loss,
+    _hinge_of_classes,
+    scores,
+    labels,
+    axis=axis,
+    where=where,
   )
 
 
@@ -687,7 +698,7 @@ def multiclass_perceptron_loss(
   """
   return _maximum_above_label(
     original.multiclass_perceptron_loss,
-    None,
+    _perceptron_of_classes,
     scores,
     labels,
     axis=axis,
@@ -696,7 +707,7 @@ def multiclass_perceptron_loss(
 
 
 def _poly_value(axes, where, logits, labels, epsilon):
-  mask = Mask(where, axes, logits, labels)
+  mask = Mask(where, axes, logits, labels)  # Either may broadcast.
   # A masked class is not in the normalizer, and a label of 0 removes both of
   # its terms.
   x, y = mask(logits, below_maximum), mask(labels, 0)
@@ -775,6 +786,7 @@ def poly_loss_cross_entropy(
     refuse_ambiguous_where=True,
   )
   check_floating("logits", logits)
+  check_floating("labels", labels)
   mask.check_axis_of(logits, "logits")
   mask.check_axis_of(labels, "labels")
   rank = len(mask.shape)
@@ -1252,12 +1264,16 @@ def _sparsemax_by_scores(axes, where, tangent, arrays, statistics):
   filled = _wide_below_maximum(scores, where, axes)
   x, dx = axes_last(axes, filled, select(where, tangent, 0))
   project = jnp.vectorize(projection_simplex, signature="(n)->(n)")
-  labels = jnp.expand_dims(labels, -1)
-  # As an index: -1 is the last class, and one that is too large is cut off.
-  index = jnp.where(labels < 0, labels + x.shape[-1], labels)
-  index = jnp.clip(index, 0, x.shape[-1] - 1)
+  # Optax looks a label up: -1 is the last, and one too large is cut off.
+  n = x.shape[-1]
+  index = jnp.expand_dims(labels, -1).astype(int)
+  index = jnp.clip(jnp.where(index < 0, index + n, index), 0, n - 1)
   is_label = flat_index(x.shape, (x.ndim - 1,)) == index
-  return jnp.sum((project(x) - is_label) * dx, -1)
+  p = project(x)
+  # An infinite score of the label makes the derivatives of the support NaN.
+  own = jnp.sum(jnp.where(is_label, x, 0), -1, keepdims=True)
+  p = jnp.where(p == 0, 0, p + 0 * own)
+  return jnp.sum((p - is_label) * dx, -1)
 
 
 _sparsemax_loss = with_partials(_sparsemax_value, _sparsemax_by_scores)

@@ -14,37 +14,35 @@ from optax_masking._mask import Axis, Mask, Where, check_floating
 from optax_masking.losses._original import original
 
 
-def _of_error(loss, slope):
+def _of_error(loss, slope, *, select_again=False):
   """Masks a loss of the error, by its derivative.
 
   At an error of 0 these losses and their slopes are 0. So masked elements need
-  no select behind the loss.
+  no select behind the loss. Unlike `elementwise` it can select the error a
+  second time: XLA then writes it once, if it is the gradient as well.
   """
 
   def error(where, x, y=0):
     return select(where, x, 0) - select(where, y, 0)
+
+  def value(axes, where, *arrays):
+    del axes
+    e = error(where, *arrays)
+    return (loss(select(where, e, 0) if select_again else e),)
 
   def derivative(axes, where, tangent, arrays, statistics):
     del axes, statistics
     return slope(error(where, *arrays)) * select(where, tangent, 0)
 
   masked_loss = with_partials(
-    lambda axes, where, *arrays: (loss(where, error(where, *arrays)),),
-    derivative,
-    lambda *arguments: -derivative(*arguments),
+    value, derivative, lambda *arguments: -derivative(*arguments)
   )
   return lambda where, *arrays: masked_loss((), where, *arrays)[0]
 
 
-_squared_error = _of_error(
-  lambda where, error: original.squared_error(error), lambda error: 2 * error
-)
-# Selected once more, for XLA to write the error once, which is the gradient.
-_l2_loss = _of_error(
-  lambda where, error: original.l2_loss(select(where, error, 0)),
-  lambda error: error,
-)
-_log_cosh = _of_error(lambda where, error: original.log_cosh(error), jnp.tanh)
+_squared_error = _of_error(original.squared_error, lambda error: 2 * error)
+_l2_loss = _of_error(original.l2_loss, lambda error: error, select_again=True)
+_log_cosh = _of_error(original.log_cosh, jnp.tanh)
 
 
 def _loss_of_error(loss, masked_loss, predictions, targets, *, axis, where):

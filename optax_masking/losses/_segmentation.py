@@ -117,7 +117,8 @@ def dice_loss(
 
 
 def _softmax_value(axes, where, logits):
-  # A pixel that is masked as a whole needs no fill, since it is 0.
+  # The probabilities of a pixel that is masked as a whole become 0 below, so
+  # that its logits need no fill.
   if varies_along(where, axes):
     logits = below_maximum(logits, where, axes)
   return (select(where, jax.nn.softmax(logits, axes), 0),)
@@ -125,7 +126,8 @@ def _softmax_value(axes, where, logits):
 
 def _softmax_by_logits(axes, where, tangent, arrays, statistics):
   del statistics
-  (p,) = _softmax_value(axes, where, *arrays)
+  # Not `_softmax_value`: its derivative would read masked pixels.
+  (p,) = _softmax(axes, where, *arrays)
   dx = select(where, tangent, 0)
   return p * (dx - jnp.sum(p * dx, axes, keepdims=True))
 
@@ -382,7 +384,8 @@ def _generalized_dice_loss(
     axis = _pixel_axes(axis, jnp.shape(predictions))
   sums = _sums_over_pixels(predictions, targets, where, axis, apply_softmax)
   others = tuple(range(sums.targets.ndim - 1))
-  # With a barrier compilers add up the sums, and not the targets once more.
+  # Without the barrier XLA would sum the targets a second time, and not the
+  # sums of each example.
   targets, included = jax.lax.optimization_barrier(
     (sums.targets, sums.included)
   )

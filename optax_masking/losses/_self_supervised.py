@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_masking._classes import (
+  UNDERFLOW,
   is_sharded,
   on_cpus,
   padded,
@@ -22,11 +23,11 @@ from optax_masking._mask import (
   canonicalize_axes,
   check_floating,
 )
-from optax_masking.fills import UNDERFLOW, zero_unless_empty
+from optax_masking.fills import zero_unless_empty
 from optax_masking.losses._original import original
 
 
-# Nothing but the vectors is kept for the backward pass.
+# The backward pass computes them again, and keeps nothing but the vectors.
 @jax.checkpoint
 def _similarities(vectors):
   """The cosines of all pairs of vectors, none of which is 0 by a mask."""
@@ -122,7 +123,8 @@ def ntxent(
   same = jnp.expand_dims(labels, 1) == jnp.expand_dims(labels, 0)
   positive, negative = pairs & same, pairs & ~same
   any_negative = jnp.any(negative, -1, keepdims=True)
-  # Only differences enter the loss, and they have more digits near 0.
+  # Only differences enter the loss. Below the largest of the negative pairs
+  # exponentials do not overflow, and half precision has more digits.
   least = float(jnp.finfo(x.dtype).min)
   top = jnp.max(jnp.where(negative, x, least), -1, keepdims=True)
   x -= jax.lax.stop_gradient(jnp.where(any_negative, top, 0))
