@@ -141,10 +141,10 @@ def take_class(x: jax.Array, labels: jax.Array, axes: Axes) -> jax.Array:
 
 
 def on_cpus(
-  function: Callable[..., jax.Array],
-  otherwise: Callable[..., jax.Array],
-  *arguments: jax.Array,
-) -> jax.Array:
+  function: Callable[..., Any],
+  otherwise: Callable[..., Any],
+  *arguments: Any,
+) -> Any:
   """Calls `function` if the program runs on CPUs, and else `otherwise`."""
   # The `shard_map` of older versions refuses a choice between platforms.
   if not hasattr(jax, "shard_map"):
