@@ -1297,6 +1297,30 @@ class DerivativesTest(parameterized.TestCase):
     np.testing.assert_array_equal(gradient[:, :2], other)
     np.testing.assert_array_equal(gradient[:, 2], 0)
 
+  @parameterized.product(
+    name=("multiclass_hinge_loss", "multiclass_perceptron_loss"),
+    masked_class=(False, True),
+  )
+  def test_margins_of_minus_infinity(self, name, masked_class):
+    """The gradient is that of the scores alone, as Optax has it under jit."""
+    loss, original = (getattr(m.losses, name) for m in (optax, upstream))
+    scores = np.full((3, 3), -np.inf, "float32")
+    scores[2] = [0.5, -np.inf, 1.0]
+    labels = np.array([0, -1, 2])
+    expected = jax.jit(
+      jax.value_and_grad(lambda x: jnp.sum(original(x, labels)))
+    )(scores)
+    where = np.ones((3, 3), bool)
+    if masked_class:
+      scores = np.pad(scores, ((0, 0), (0, 1)), constant_values=np.nan)
+      where = np.pad(where, ((0, 0), (0, 1)))
+    value, gradient = jax.value_and_grad(
+      lambda x: jnp.sum(loss(x, labels, where=where))
+    )(scores)
+    np.testing.assert_array_equal(value, expected[0])
+    np.testing.assert_array_equal(gradient[:, :3], expected[1])
+    np.testing.assert_array_equal(gradient[:, 3:], 0)
+
   @parameterized.parameters(([0, 1, 2, 3],), ([-1, -4, 5, 100],))
   def test_sparsemax(self, labels):
     """Also of labels that Optax reads as an index from the end, or cuts off."""

@@ -530,9 +530,10 @@ def _maximum_value(axes, where, scores, classes, included, *, margin):
   halves, _ = _halves(scores, classes, where, margin, axes)
   top = jnp.max(halves, axes, keepdims=True)
   some = jnp.any(where, axes, keepdims=True)
+  # Where the fill is the largest, all that is included is minus infinity.
   none_finite = top <= jnp.finfo(top.dtype).min
-  largest = 2 * jnp.where(none_finite, 0, top)
-  largest = jnp.where(none_finite & some, -jnp.inf, largest)
+  top = jnp.where(none_finite & some, -jnp.inf, top)
+  largest = 2 * jnp.where(some, top, 0)
   named = classes < math.prod(scores.shape[a] for a in axes)
   own = take_class(scores, jnp.where(named, classes, 0), axes)
   own = jnp.where(some & named, own, 0)
@@ -547,11 +548,12 @@ def _maximum_by_scores(axes, where, tangent, arrays, statistics, *, margin):
   halves, is_label = _halves(scores, classes, where, margin, axes)
   dtype = wide(top.dtype)
   # Scores that tie for the maximum share its derivative. With nothing included
-  # all tie; if the maximum is NaN, then none does, and the derivative is NaN.
+  # all tie; if the maximum is NaN, then none does. XLA makes a select of the
+  # quotient, which would hide 0 / 0, so NaN is added.
   is_top = (halves == top).astype(dtype)
   count = jnp.sum(is_top, axes, keepdims=True)
   slope = is_top / count - is_label.astype(dtype)
-  slope += 0 * jnp.minimum(top, 0).astype(dtype)
+  slope += jnp.where(jnp.isnan(top), top, 0).astype(dtype)
   return jnp.sum(slope * select(where, tangent, 0), axes, keepdims=True)
 
 
