@@ -106,6 +106,9 @@ temp: temporaries; kept: bytes kept for the backward pass; scan: temporaries of
 the gradient through a scan of 16 steps; k t s g c: numbers of kernels, and of
 transpose, scatter, gather and collective operations; eager: without jit, shape
 (64, 32)."""
+_RATIOS_LEGEND = """\
+A mask of examples / a mask of elements, relative to Optax without a mask. The
+table is printed when all of it is measured."""
 _RATIO_LOSSES = (
   cases.INTEGER_LABELS,
   "softmax_cross_entropy",
@@ -136,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     "rows": [],
   }
   versions = ", ".join(" ".join(v) for v in report["versions"].items())
-  print(f"{versions}; {report['device']}\n{_LEGEND}")
+  legend = _RATIOS_LEGEND if options.ratios else _LEGEND
+  print(f"{versions}; {report['device']}\n{legend}")
   tables = []
   for grid in _grids(options):
     for loss, shape, dtype, transform in itertools.product(
