@@ -173,7 +173,8 @@ def masked_inputs(
       given = {n: call.arguments[n] for n in fills}
       arrays = {n: x for n, x in given.items() if _is_array(x, parameters[n])}
       examples = [n for n in arrays if isinstance(fills[n], PerExample)]
-      # Under a mask these broadcast, but the loss itself may refuse them.
+      # Under a mask the data broadcast, and below an argument with one entry an
+      # example is broadcast, too. The loss itself may refuse them.
       if len({np.shape(arrays[n]) for n in arrays.keys() - examples}) > 1:
         raise_as_unmasked(lambda: evaluate(call, where=None))
       mask = Mask(
